@@ -1,0 +1,100 @@
+"""From specs to terms: what the objectives ask of both models, before weights load."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from llm_distill import schedules
+from llm_distill.errors import InputError
+from llm_distill.objectives import Evidence, Objective, QueryPlan, Term, check_objectives, named
+from llm_distill.signals import ModelSpec, Request
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+def bind(
+    objectives: Sequence[Objective],
+    student: ModelSpec,
+    teacher: ModelSpec,
+    *,
+    seed: int,
+    evidence: Evidence | None = None,
+) -> dict[str, Term]:
+    """Every objective as a term, under its name in the log.
+
+    Trained parts are drawn from `seed`, whatever ran before, so that all ranks have the same.
+
+    Raises:
+        InputError: If an objective does not fit the two models; two plans of sampled queries.
+    """
+    try:
+        check_objectives(objectives)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            terms = {
+                name: o.build(student, teacher, evidence) for name, o in named(objectives).items()
+            }
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    query_plan(terms)
+    return terms
+
+
+def survey(
+    objectives: Sequence[Objective], student: ModelSpec, teacher: ModelSpec
+) -> tuple[Request, Request]:
+    """The signals of both models that have to be seen once before binding; empty for most runs."""
+    ours, theirs = Request(), Request()
+    for objective in objectives:
+        of_student, of_teacher = objective.survey(student, teacher)
+        ours, theirs = ours | of_student, theirs | of_teacher
+    return ours, theirs
+
+
+def query_plan(terms: Mapping[str, Term]) -> QueryPlan | None:
+    """The one plan of sampled query rows that all terms share; None where no term reads maps.
+
+    Raises:
+        InputError: For two plans, naming both terms.
+    """
+    plans = {name: term.queries for name, term in terms.items() if term.queries is not None}
+    if len(set(plans.values())) > 1:
+        (first, a), (second, b) = list(plans.items())[:2]
+        raise InputError(
+            f"{first} and {second} ask for different query rows ({a.most} {a.rows}, {b.most} "
+            f"{b.rows}); one run samples "
+            "once: write the same `queries` and `rows` in both"
+        )
+    return next(iter(plans.values()), None)
+
+
+def needs_valid(terms: Mapping[str, Term]) -> bool:
+    """Whether any term counts all real tokens."""
+    return any(term.rows == "valid" for term in terms.values())
+
+
+def teacher_request(terms: Mapping[str, Term]) -> Request:
+    """What the teacher has to give."""
+    request = Request()
+    for term in terms.values():
+        request = request | term.teacher
+    return request
+
+
+def describe(objectives: Sequence[Objective], terms: Mapping[str, Term]) -> str:
+    """Objectives, weights and layer maps, as printed before training."""
+    lines: list[str] = []
+    for (name, objective), term in zip(named(objectives).items(), terms.values(), strict=True):
+        settings = objective.describe()
+        lines.append(
+            f"{name}: weight {schedules.describe(objective.weight)}"
+            + (f" · {settings}" if settings else "")
+        )
+        lines += [f"  {note}" for note in term.notes]
+        trained = sum(p.numel() for p in term.parameters())
+        if trained:
+            lines.append(f"  {trained:,} trained parameters, not part of the exported student")
+    return "\n".join(lines)

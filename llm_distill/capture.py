@@ -1,0 +1,246 @@
+"""Reading signals from a Hugging Face model: only those asked for, only those layers.
+
+The backbone runs, never the head: rows are selected from the last hidden state, and the head is
+applied where the rows are consumed. What cannot be given is refused when the reader is made, by
+name, from one run on a few tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from llm_distill.attention_tap import Tap, discover, install, mark
+from llm_distill.signals import (
+    Dense,
+    Distribution,
+    Factored,
+    Head,
+    Heads,
+    ModelSpec,
+    Request,
+    Signals,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from transformers import PreTrainedModel
+
+    from llm_distill.rows import Batch
+
+PROBE_TOKENS = 8
+
+
+def plain(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, adapters in place."""
+    unwrap = getattr(model, "get_base_model", None)
+    return cast("PreTrainedModel", unwrap() if callable(unwrap) else model)
+
+
+def predicts_next(model: nn.Module) -> bool:
+    """Whether position t predicts token t + 1 (causal) or token t (masked)."""
+    name = type(plain(model)).__name__
+    return "ForMaskedLM" not in name and "ForPreTraining" not in name
+
+
+class Reader:
+    """Reads the requested signals from one model.
+
+    Attributes:
+        name: For messages.
+        request: What it was made for.
+    """
+
+    def __init__(self, model: nn.Module, request: Request, name: str) -> None:
+        """Bind, and refuse what the model cannot give.
+
+        Raises:
+            ValueError: Naming the model, the signal and the layer.
+        """
+        self.name = name
+        self.request = request
+        self._model = model
+        refuse_layers(request, ModelSpec.of(plain(model).config, name))
+        self._taps: dict[int, Tap] = {}
+        self._probe()
+
+    def read(self, batch: Batch, *, extra: Request | None = None) -> Signals:
+        """Run the backbone on a batch.
+
+        Args:
+            batch: Inputs and rows.
+            extra: Asked besides, for this batch alone (logits for an evaluation).
+        """
+        request = self.request if extra is None else self.request | extra
+        caught, last = self._run(batch.inputs, batch, request)
+        hidden = {layer: caught.hidden_states[layer] for layer in request.hidden}
+        heads = {layer: self._caught(layer) for layer in request.heads}
+        distribution = None
+        if request.logits:
+            rows = last.flatten(0, 1).index_select(0, batch.supervised.index)
+            distribution = self._distribution(rows)
+        return Signals(self.name, distribution, hidden, heads)
+
+    def full_logits(self, batch: Batch) -> Tensor:
+        """Logits of every position `[B, T, V]`, as `compute_metrics` expects them."""
+        return cast("Tensor", self._model(**batch.inputs, use_cache=False).logits)
+
+    def release(self) -> None:
+        """Forget the positions of the last batch, once its backward is done."""
+        for tap in self._taps.values():
+            tap.queries = tap.caught = None
+
+    def _run(
+        self, inputs: Mapping[str, Tensor], batch: Batch | None, request: Request
+    ) -> tuple[Any, Tensor]:
+        """Outputs of the backbone and its last hidden state."""
+        for tap in self._taps.values():
+            tap.queries, tap.caught, tap.open = None if batch is None else batch.queries, None, True
+        options: dict[str, Any] = (
+            {"output_hidden_states": sorted(request.hidden)} if request.hidden else {}
+        )
+        backbone = cast("PreTrainedModel", plain(self._model).base_model)
+        if backbone.config.is_encoder_decoder or not hasattr(backbone.config, "use_cache"):
+            outputs = backbone(**inputs, **options)
+        else:
+            outputs = backbone(**inputs, use_cache=False, **options)
+        for tap in self._taps.values():
+            tap.open = False
+        return outputs, cast("Tensor", outputs.last_hidden_state)
+
+    def _caught(self, layer: int) -> Heads:
+        """What the tap of one block caught in this forward."""
+        heads = self._taps[layer].caught
+        if heads is None:
+            raise RuntimeError(f"{self.name}: block {layer} ran without handing over its attention")
+        self._taps[layer].caught = None
+        return heads
+
+    def _distribution(self, rows: Tensor) -> Distribution:
+        """Rows and head; dense logits where the head's weights are not in memory."""
+        model = plain(self._model)
+        output = cast("nn.Module", model.get_output_embeddings())
+        if any(p.is_meta for p in output.parameters()):
+            head = head_of(model)
+            return Dense(head.finish(output(head.features(rows))))
+        return Factored(rows, head_of(model))
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        """Run a few tokens: is every requested signal there, is the head understood?"""
+        model = plain(self._model)
+        training = model.training
+        model.eval()
+        try:
+            if self.request.heads:
+                self._taps = self._find_taps(model)
+            inputs = _probe_inputs(model)
+            outputs, last = self._run(inputs, None, self.request)
+            for layer in sorted(self.request.hidden):
+                states = getattr(outputs, "hidden_states", None)
+                if not states or len(states) <= layer or states[layer] is None:
+                    raise ValueError(
+                        f"{self.name} ({type(model).__name__}) gives no hidden state {layer}"
+                    )
+            if self.request.logits:
+                self._check_head(model, inputs, last)
+        finally:
+            model.train(training)
+
+    def _find_taps(self, model: PreTrainedModel) -> dict[int, Tap]:
+        """Marks on the attention modules of the requested blocks."""
+        install(model)
+        found = discover(model, lambda: model.base_model(**_probe_inputs(model)))
+        missing = sorted(self.request.heads - found.keys())
+        if missing:
+            raise ValueError(
+                f"{self.name} ({type(model).__name__}) has no attention map in block {missing[0]}; "
+                "blocks that have one: "
+                f"{sorted(found) or 'none'}"
+            )
+        layers = sorted(self.request.heads)
+        return dict(zip(layers, mark(found[k] for k in layers), strict=True))
+
+    def _check_head(
+        self, model: PreTrainedModel, inputs: Mapping[str, Tensor], last: Tensor
+    ) -> None:
+        """Compare our reading of the head with the model's own logits."""
+        expected = model(**inputs).logits[0].float()
+        ours = self._distribution(last[0]).logits(slice(None)).float()
+        bound = 1e-3 if last.dtype in (torch.float32, torch.float64) else 5e-2
+        if ours.shape != expected.shape or (
+            ours - expected
+        ).abs().max() > bound * expected.abs().max().clamp_min(1.0):
+            raise ValueError(
+                f"{self.name}: the head of {type(model).__name__} is more than a linear layer with "
+                "bias, scale and "
+                "soft cap, so its logits cannot be computed row by row; use HiddenStates and "
+                "AttentionMaps with it"
+            )
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The language-model head of a model: weight, bias, scale, soft cap, and what comes before it.
+
+    Raises:
+        ValueError: If there is no head, or if an adapter sits on it.
+    """
+    output = cast("nn.Module | None", model.get_output_embeddings())
+    if isinstance(output, ModulesToSaveWrapper):
+        output = output.modules_to_save[output.active_adapters[0]]
+    if not isinstance(output, nn.Linear):
+        what = (
+            "no language-model head" if output is None else f"a {type(output).__name__} as its head"
+        )
+        raise ValueError(
+            f"{type(model).__name__} has {what}; logits need a plain linear head (for LoRA, take "
+            "the head out of "
+            "target_modules, or put it into modules_to_save)"
+        )
+    config = model.config.get_text_config(decoder=True)
+    division = getattr(config, "logits_scaling", None)
+    scale = getattr(config, "logit_scale", None)
+    return Head(
+        weight=output.weight,
+        bias=output.bias,
+        scale=1.0 / float(division) if division else float(scale) if scale else 1.0,
+        softcap=getattr(config, "final_logit_softcapping", None),
+        transform=_transform_of(model),
+    )
+
+
+def refuse_layers(request: Request, spec: ModelSpec) -> None:
+    """Refuse layers a model does not have.
+
+    Raises:
+        ValueError: Naming model, layer and what there is.
+    """
+    for layer in sorted(request.hidden):
+        if not 0 <= layer <= spec.depth:
+            raise ValueError(f"{spec.name}: hidden state {layer} is out of range 0..{spec.depth}")
+    for layer in sorted(request.heads):
+        if not 1 <= layer <= spec.depth:
+            raise ValueError(
+                f"{spec.name}: block {layer} is out of range 1..{spec.depth} (the embedding has no "
+                "heads)"
+            )
+
+
+def _transform_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor] | None:
+    """The layers between backbone and head that BERT and its kin have."""
+    predictions = getattr(getattr(model, "cls", None), "predictions", None)
+    transform = getattr(predictions, "transform", None)
+    return cast("Callable[[Tensor], Tensor] | None", transform)
+
+
+def _probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A few tokens for one sequence, where the model's embedding lives."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    device = cast("Tensor", model.get_input_embeddings().weight).device
+    device = torch.device("cpu") if device.type == "meta" else device
+    ids = torch.arange(PROBE_TOKENS, device=device)[None] % vocabulary
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

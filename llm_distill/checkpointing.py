@@ -1,0 +1,206 @@
+"""How a wrapped student is written, read back and published: always a plain transformers model."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from huggingface_hub import HfApi
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
+
+from llm_distill import card, publishing, saving
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+    from torch import nn
+
+    from llm_distill.card import CardFacts, DataFacts
+    from llm_distill.distiller import Distiller
+    from llm_distill.preparation import Run
+
+logger = logging.getLogger(__name__)
+
+
+class StudentTrainer(Trainer):
+    """A Trainer whose model is a `Distiller`: what it saves, loads and pushes is the student.
+
+    A checkpoint also holds what the terms learned; a saved or pushed student never does.
+
+    Attributes:
+        run: What was prepared.
+        data: What the card says of the training data.
+    """
+
+    run: Run
+    data: DataFacts | None = None
+    _in_checkpoint = False
+
+    @property
+    def distiller(self) -> Distiller:
+        """Student and terms, whatever wraps them."""
+        module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return cast("Distiller", module)
+
+    @property
+    def student(self) -> nn.Module:
+        """The model being trained, a plain transformers or PEFT model."""
+        return self.distiller.student
+
+    # Writing
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:  # noqa: FBT001, FBT002
+        """Write the plain student; under sharded FSDP its weights are gathered first."""
+        if not self._sharded_state_dicts():
+            super().save_model(output_dir, _internal_call)
+            return
+        if not self._in_checkpoint or self.args.push_to_hub:
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            self._save(
+                output_dir, get_model_state_dict(cast("nn.Module", self.model), options=options)
+            )
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        """Student and tokenizer; in a checkpoint also the terms. No pickled arguments."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir if output_dir is not None else cast("str", self.args.output_dir))
+        saving.save_student(self.distiller, folder, state_dict)
+        if self._in_checkpoint:
+            saving.save_terms(self.distiller, folder, state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ANN401
+        """As in Trainer."""
+        self._in_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._in_checkpoint = False
+
+    # Reading
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        """Student and terms; FSDP and DeepSpeed load the whole wrapper themselves."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        folder = Path(resume_from_checkpoint)
+        saving.load_student(self.distiller, folder)
+        saving.load_terms(self.distiller, folder)
+
+    def _load_best_model(self) -> None:
+        """As in Trainer, strictly."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+            return
+        self._load_from_checkpoint(cast("str", self.state.best_model_checkpoint))
+
+    def _sharded_state_dicts(self) -> bool:
+        """Whether FSDP writes one file for each rank."""
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        return plugin is not None and "SHARDED" in str(plugin.state_dict_type)
+
+    # Publishing
+
+    def card_facts(self) -> CardFacts:
+        """What the model card tells."""
+        run, student = self.run, self.student
+        teacher = getattr(self, "_source", None)
+        whole = teacher.model if run.teacher_request.logits and teacher is not None else None
+        return card.CardFacts(
+            name=publishing.name_of(self.args),
+            student=publishing.model_facts(run.model, run.student, student),
+            teacher=publishing.model_facts(run.teacher, run.teacher.spec, whole),
+            objectives=publishing.objective_facts(run.objectives),
+            layer_map=publishing.layer_maps(run.terms),
+            task="text-generation" if run.shift else "fill-mask",
+            **publishing.run_facts(self.args, self.state, student=student, data=self.data),
+        )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write our card into the output folder."""
+        del args, kwargs
+        if self.is_world_process_zero():
+            card.write(self.card_facts(), Path(cast("str", self.args.output_dir)))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,  # noqa: FBT001, FBT002  Trainer's signature
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,  # noqa: FBT001
+        **kwargs: Any,
+    ) -> CommitInfo:
+        """Upload the plain student, its tokenizer and its card, and nothing else.
+
+        Args:
+            commit_message: Of the commit.
+            blocking: Whether to wait; otherwise a future is returned.
+            token: Instead of the one that `hf auth login` or HF_TOKEN gives.
+            revision: Branch to commit to.
+            private: Whether the repository is private, if it is made now.
+            kwargs: Taken for Trainer's sake and not used: the card is made from the run.
+
+        Returns:
+            The commit; None on all ranks but the first.
+        """
+        del kwargs
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token if token is not None else self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return cast("CommitInfo", None)
+        self.create_model_card()
+        self._finish_current_push()
+        folder = cast("str", self.args.output_dir)
+        branch = revision if revision is not None else self.args.hub_revision
+        upload = partial(self._upload, folder, commit_message, token, branch)
+        return upload() if blocking else cast("CommitInfo", HfApi().run_as_future(upload))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload the student of a checkpoint in the background."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        pushes = self.__dict__.setdefault("_pushes", [])
+        if not (self.args.hub_always_push or all(job.done() for job in pushes)):
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        card.write(self.card_facts(), Path(checkpoint_folder))
+        message = f"Training in progress, step {self.state.global_step}"
+        branch = self.args.hub_revision
+        upload = partial(self._upload, checkpoint_folder, message, self.args.hub_token, branch)
+        pushes.append(HfApi().run_as_future(upload))
+
+    def _upload(
+        self, folder: str, message: str | None, token: str | None, revision: str | None
+    ) -> CommitInfo:
+        """The published files of a folder, in one commit."""
+        return HfApi().upload_folder(
+            repo_id=cast("str", self.hub_model_id),
+            folder_path=folder,
+            commit_message=message,
+            token=token,
+            revision=revision,
+            allow_patterns=list(publishing.PUBLISHED),
+        )
+
+    def _finish_current_push(self) -> None:
+        """Wait for background pushes, and say which of them failed: the local copy is whole."""
+        for job in self.__dict__.pop("_pushes", []):
+            error = job.exception()
+            if error is not None:
+                logger.warning("A push to %s failed: %s", self.hub_model_id, error)

@@ -1,0 +1,21 @@
+"""`llm-distill check`: what would be trained, without weights."""
+
+from llm_distill.cli.console import Screen
+from llm_distill.cli.plan import plan
+from llm_distill.recipe import Recipe
+
+ON_ANY_MACHINE = {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None}
+"""A recipe for GPUs can be checked on a laptop."""
+
+
+def check(recipe: Recipe) -> None:
+    """Print models, objectives and layer maps of a recipe.
+
+    Raises:
+        InputError: For what `run` would refuse before it reads the data.
+    """
+    planned = plan(recipe, recipe.arguments(**ON_ANY_MACHINE))
+    screen = Screen(speaks=True)
+    screen.models(planned.student, planned.teacher)
+    screen.objectives(recipe.objectives, planned.terms)
+    screen.say("The recipe is good. No weights were loaded, no data was read.")

@@ -1,0 +1,73 @@
+"""What the command line shows: tables for people, on the first process only."""
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from llm_distill import schedules
+from llm_distill.objectives import Objective, Term, named
+from llm_distill.signals import ModelSpec
+
+FIGURES = {
+    "eval_perplexity": "perplexity",
+    "eval_teacher_perplexity": "perplexity of the teacher",
+    "eval_kl": "KL(teacher || student), nats per token",
+    "eval_agreement": "top-1 agreement with the teacher",
+    "eval_loss": "loss",
+}
+"""Metrics that have words of their own, in the order of the table."""
+
+
+class Screen:
+    """Tables on the standard output.
+
+    Args:
+        speaks: False for all processes but the first.
+    """
+
+    def __init__(self, *, speaks: bool) -> None:
+        self._console = Console(quiet=not speaks, highlight=False)
+
+    def say(self, text: str) -> None:
+        """One line; square brackets are no markup."""
+        self._console.print(Text(text), soft_wrap=True)
+
+    def models(self, student: ModelSpec, teacher: ModelSpec) -> None:
+        """Student and teacher side by side."""
+        table = _table("", "student", "teacher")
+        for field in ("name", "kind", "depth", "width", "heads", "vocabulary", "positions"):
+            table.add_row(field, *(_cell(vars(spec)[field]) for spec in (student, teacher)))
+        self._console.print(table)
+
+    def objectives(self, objectives: Sequence[Objective], terms: Mapping[str, Term]) -> None:
+        """What is matched, how much it counts, and which layer learns from which."""
+        table = _table("objective", "weight", "what")
+        pairs = zip(named(objectives).items(), terms.values(), strict=True)
+        for (name, objective), term in pairs:
+            trained = sum(p.numel() for p in term.parameters())
+            told = [objective.describe(), *term.notes]
+            told += [f"{trained:,} trained parameters, not part of the student"] if trained else []
+            lines = "\n".join(filter(None, told))
+            table.add_row(name, Text(schedules.describe(objective.weight)), Text(lines))
+        self._console.print(table)
+
+    def figures(self, metrics: Mapping[str, float]) -> None:
+        """What the evaluation found, the figures people ask for first."""
+        table = _table("evaluation", "")
+        order = [*(key for key in FIGURES if key in metrics), *sorted(metrics.keys() - FIGURES)]
+        for key in order:
+            table.add_row(FIGURES.get(key, key.removeprefix("eval_")), f"{metrics[key]:,.4g}")
+        self._console.print(table)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(*columns)
+    for column in table.columns:
+        column.overflow = "fold"
+    return table
+
+
+def _cell(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value or "-")

@@ -1,0 +1,138 @@
+"""Arguments in, exit code out. Nothing heavy is imported before the arguments are good."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llm_distill import __version__
+from llm_distill.errors import InputError
+from llm_distill.recipe import Recipe
+from llm_distill.recipe.sections import SECTIONS
+from llm_distill.recipe.values import did_you_mean
+
+DONE, BAD_INPUT = 0, 2
+
+EPILOG = """\
+any value of the recipe can be set, in YAML:
+  --training.learning_rate 1e-5   --data.max_length=512   --teacher path/to/model
+  --objectives.1.Logits.temperature 2.0
+
+several GPUs:
+  accelerate launch --config_file recipes/accelerate/ddp.yaml -m llm_distill run recipes/x.yaml
+
+exit codes: 0 done, 1 failed, 2 bad input
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Without the program's name; by default that of this process.
+
+    Returns:
+        The exit code: 0 or 2. What fails raises, which makes Python exit 1 with a traceback.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        rest, overrides = split_overrides(given)
+        asked = _parser().parse_args(rest)
+        _do(asked, overrides)
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"llm-distill: {error}\n")
+        return BAD_INPUT
+    except SystemExit as stop:  # argparse: 0 after --help, 2 after a mistake
+        return stop.code if isinstance(stop.code, int) else BAD_INPUT
+    return DONE
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Take what sets values of the recipe out of the arguments.
+
+    Raises:
+        InputError: For an unknown section, or an override without a value.
+
+    >>> split_overrides(["run", "--data.limit=5", "--training.max_steps", "-1", "x.yaml"])
+    (['run', 'x.yaml'], [('data.limit', '5'), ('training.max_steps', '-1')])
+    """
+    rest: list[str] = []
+    overrides: list[tuple[str, str]] = []
+    words = iter(argv)
+    for word in words:
+        key, equals, value = word.removeprefix("--").partition("=")
+        section = key.partition(".")[0]
+        if not word.startswith("--") or ("." not in key and section not in SECTIONS):
+            rest.append(word)
+            continue
+        if section not in SECTIONS:
+            near = did_you_mean(section, SECTIONS) or f"; there is {', '.join(SECTIONS)}"
+            raise InputError(f"--{key}: no section {section!r} in a recipe{near}")
+        if not equals:
+            value = next(words, "--")
+        if value.startswith("--"):
+            raise InputError(f"--{key} has no value; write --{key}=value")
+        overrides.append((key, value))
+    return rest, overrides
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Two commands, which read a recipe in the same way."""
+    parser = _described(argparse.ArgumentParser(prog="llm-distill", allow_abbrev=False))
+    parser.description = "Distil a language model as a recipe says."
+    parser.add_argument("--version", action="version", version=f"llm-distill {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | check")
+    run = _reading_recipes(commands.add_parser("run", help="train", allow_abbrev=False))
+    told = "read the recipe, configs and tokenizers, print what would be trained; no weights"
+    _reading_recipes(commands.add_parser("check", help=told, allow_abbrev=False))
+    kept = run.add_mutually_exclusive_group()
+    kept.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="go on from this checkpoint; from the newest one in the output folder by default",
+    )
+    kept.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="train although the output folder is not empty; its checkpoints are deleted",
+    )
+    return parser
+
+
+def _reading_recipes(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """What both commands take."""
+    parser.add_argument("recipe", help="a YAML file, such as recipes/logits.yaml")
+    parser.add_argument(
+        "--allow-code",
+        action="append",
+        default=[],
+        metavar="package.module",
+        help="let the recipe name functions and classes of this module or package: its code runs",
+    )
+    return _described(parser)
+
+
+def _described(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """With the words below the options."""
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    return parser
+
+
+def _do(asked: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> None:
+    """Read the recipe, and do as the command says."""
+    if asked.allow_code and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # as `python -m` does, so that both find the same code
+    recipe = Recipe.load(asked.recipe, overrides, asked.allow_code)
+    if asked.command == "check":
+        from llm_distill.cli.check import check
+
+        check(recipe)
+        return
+    from llm_distill.cli.run import run
+
+    run(recipe, resume=asked.resume, overwrite=asked.overwrite)

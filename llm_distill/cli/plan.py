@@ -1,0 +1,89 @@
+"""What a recipe comes to on two real models, from their configs and tokenizers alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from llm_distill import binding
+from llm_distill.data.files import is_local, missing
+from llm_distill.errors import InputError
+from llm_distill.loading import is_masked
+from llm_distill.objectives import Term
+from llm_distill.preparation import check_arguments
+from llm_distill.recipe import Recipe
+from llm_distill.signals import ModelSpec
+from llm_distill.students import student_spec
+from llm_distill.vocabulary import settle_tokenizers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe, bound to its two models as far as that is possible without weights.
+
+    Attributes:
+        student: Depth, width and heads.
+        teacher: The same.
+        terms: The objectives, bound.
+        tokenizer: The one that both models share.
+        causal: Whether they predict the next token, rather than masked ones.
+    """
+
+    student: ModelSpec
+    teacher: ModelSpec
+    terms: Mapping[str, Term]
+    tokenizer: Any
+    causal: bool
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that a sequence may have; None where neither model has a limit."""
+        return min((s.positions for s in (self.student, self.teacher) if s.positions), default=None)
+
+
+def plan(recipe: Recipe, args: TrainingArguments) -> Plan:
+    """Bind a recipe to its models.
+
+    Raises:
+        InputError: If the objectives, models, tokenizers and arguments do not go together.
+    """
+    check_arguments(args, {})
+    _check_evaluation(recipe, args)
+    _check_files(recipe)
+    student = student_spec(recipe.student, recipe.teacher.config)
+    teacher = recipe.teacher.spec
+    terms = binding.bind(recipe.objectives, student, teacher, seed=args.seed)
+    tokenizer = settle_tokenizers(recipe.student, recipe.teacher, student, None)
+    if tokenizer is None:
+        raise InputError(
+            f"neither {student.name} nor {teacher.name} has a tokenizer beside it; write teacher: "
+            f"{{Local: {{model: {teacher.name}, tokenizer: …}}}}"
+        )
+    return Plan(student, teacher, terms, tokenizer, not is_masked(recipe.teacher.config))
+
+
+def _check_evaluation(recipe: Recipe, args: TrainingArguments) -> None:
+    """Refuse what Trainer would refuse after the weights are loaded."""
+    if args.eval_strategy != "no" and recipe.data.eval is None:
+        raise InputError(
+            f"training.eval_strategy is {recipe.training['eval_strategy']}, but there is nothing to "
+            "evaluate on; write data: {eval: 0.05}, or a split or a path"
+        )
+    if recipe.data.streaming and args.max_steps <= 0:
+        raise InputError(
+            "data.streaming: a stream has no known length; write training: {max_steps: 1000}"
+        )
+    if args.push_to_hub:
+        from huggingface_hub import get_token
+
+        if get_token() is None:
+            raise InputError("training.push_to_hub: no token; run hf auth login, or set HF_TOKEN")
+
+
+def _check_files(recipe: Recipe) -> None:
+    """Refuse a local file that is not there, before anything is read."""
+    for path in (recipe.data.path, recipe.data.chat_template):
+        if path is not None and is_local(path) and not Path(path).expanduser().exists():
+            raise missing(path)

@@ -1,0 +1,96 @@
+"""`llm-distill run`: from a recipe to a student in a folder."""
+
+import logging
+from pathlib import Path
+
+import datasets
+from transformers import TrainingArguments
+
+from llm_distill import data
+from llm_distill.cli.console import Screen
+from llm_distill.cli.output import clear, sign, start_from
+from llm_distill.cli.plan import Plan, plan
+from llm_distill.data import Prepared
+from llm_distill.errors import InputError
+from llm_distill.recipe import Recipe
+from llm_distill.trainer import DistillTrainer
+
+
+def run(recipe: Recipe, *, resume: str | None = None, overwrite: bool = False) -> dict[str, float]:
+    """Train as a recipe says.
+
+    Args:
+        recipe: What to do.
+        resume: None for a fresh start, empty for the newest checkpoint in the output folder, else
+            the checkpoint to go on from.
+        overwrite: Start anew in an output folder that is not empty; its checkpoints are deleted.
+
+    Returns:
+        The metrics of the last evaluation; empty where the recipe has no evaluation.
+
+    Raises:
+        InputError: For anything that cannot work, before weights load.
+    """
+    folder = Path(recipe.training["output_dir"]).expanduser()
+    checkpoint = start_from(folder, resume=resume, overwrite=overwrite)
+    args = recipe.arguments()
+    first = args.process_index == 0
+    screen = Screen(speaks=first)
+    if not first:
+        datasets.disable_progress_bars()
+        logging.getLogger("llm_distill").setLevel(logging.ERROR)
+    planned = plan(recipe, args)
+    with args.main_process_first(desc="data"):
+        prepared = data.load(recipe.data, planned.tokenizer, max_positions=planned.positions)
+    screen.say(f"Data: {prepared.report}")
+    if prepared.eval_report is not None:
+        screen.say(f"Evaluation: {prepared.eval_report}")
+    trainer = _trainer(recipe, args, planned, prepared)
+    screen.models(planned.student, planned.teacher)
+    screen.objectives(recipe.objectives, trainer.run.terms)
+    if first:
+        if checkpoint is None:
+            clear(folder)
+        sign(folder, recipe)
+    trainer.accelerator.wait_for_everyone()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return _finish(trainer, prepared, screen)
+
+
+def _trainer(
+    recipe: Recipe, args: TrainingArguments, planned: Plan, prepared: Prepared
+) -> DistillTrainer:
+    """Load the weights."""
+    try:
+        return DistillTrainer(
+            recipe.student,
+            recipe.teacher,
+            recipe.objectives,
+            args,
+            peft_config=recipe.adapter(causal=planned.causal),
+            train_dataset=prepared.train,
+            eval_dataset=prepared.eval,
+            processing_class=planned.tokenizer,
+        )
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _finish(trainer: DistillTrainer, prepared: Prepared, screen: Screen) -> dict[str, float]:
+    """Evaluate, save, push."""
+    if prepared.counter is not None:
+        screen.say(f"Data that was read: {prepared.counter.report()}")
+    metrics = trainer.evaluate() if prepared.eval is not None else {}
+    trainer.save_model(_internal_call=True)  # without a push: that comes once, with the card
+    trainer.save_state()
+    if metrics:
+        trainer.save_metrics("eval", metrics, combined=False)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    if metrics:
+        screen.figures(metrics)
+    screen.say(f"The student is in {trainer.args.output_dir}")
+    trainer.accelerator.end_training()
+    return metrics

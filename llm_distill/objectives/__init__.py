@@ -1,0 +1,28 @@
+"""Objectives: what the student should match; specs whose `build` binds them to terms."""
+
+from llm_distill.objectives.base import (
+    Evidence,
+    HeadTerm,
+    Objective,
+    QueryPlan,
+    Term,
+    check_objectives,
+    named,
+)
+from llm_distill.objectives.features import AttentionMaps, HiddenStates
+from llm_distill.objectives.logits import CrossEntropy, Logits, row_wise
+
+__all__ = [
+    "AttentionMaps",
+    "CrossEntropy",
+    "Evidence",
+    "HeadTerm",
+    "HiddenStates",
+    "Logits",
+    "Objective",
+    "QueryPlan",
+    "Term",
+    "check_objectives",
+    "named",
+    "row_wise",
+]

@@ -1,0 +1,206 @@
+"""The contract between objectives (specs) and terms (bound, trainable, scoring)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_distill import schedules
+from llm_distill.rows import Batch, RowKind, Step
+from llm_distill.signals import ModelSpec, Request, Signals
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+RESERVED = frozenset({"student_nll", "teacher_nll", "kl", "agreement"})
+"""What an evaluation measures beside the terms; no term may have one of these names."""
+
+
+@dataclass(frozen=True)
+class QueryPlan:
+    """Which query rows of attention maps a run samples; one plan serves all its terms.
+
+    Attributes:
+        most: Rows per sequence at most; None: all.
+        rows: Among which rows they are drawn.
+    """
+
+    most: int | None
+    rows: RowKind
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One calibration batch, seen by both models."""
+
+    batch: Batch
+    student: Signals
+    teacher: Signals
+
+
+class Term(nn.Module):
+    """A bound objective: what to capture, what to train, how to score.
+
+    Attributes:
+        student: What it reads from the student.
+        teacher: What it reads from the teacher.
+        rows: The rows it counts.
+        queries: The query rows it samples, for terms on attention maps.
+        notes: What was decided when it was bound, for the table before training.
+    """
+
+    def __init__(
+        self,
+        student: Request,
+        teacher: Request,
+        *,
+        rows: RowKind = "supervised",
+        queries: QueryPlan | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = teacher
+        self.rows: RowKind = rows
+        self.queries = queries
+        self.notes = tuple(notes)
+
+    def count(self, batch: Batch) -> int:
+        """Items of this batch, known on the host."""
+        if self.queries is not None:
+            if batch.queries is None:
+                raise LookupError(
+                    "this batch has no sampled queries; a term on attention maps needs them"
+                )
+            return len(batch.queries)
+        return len(batch.rows(self.rows))
+
+    def forward(self, student: Signals, teacher: Signals, batch: Batch, step: Step) -> Tensor:
+        """The sum of the values of all items: a scalar, 0 with a graph for no items."""
+        raise NotImplementedError
+
+
+class HeadTerm(Term):
+    """A term that is row-wise on logits: the distiller runs all of them in one pass over the head.
+
+    Args:
+        values: (student logits `[n, V]`, teacher logits `[n, V']`, labels `[n]`) -> `[n]`.
+        needs_teacher: Whether the teacher's logits are read at all.
+    """
+
+    def __init__(
+        self, values: Callable[[Tensor, Tensor, Tensor], Tensor], *, needs_teacher: bool = True
+    ) -> None:
+        super().__init__(Request(logits=True), Request(logits=needs_teacher))
+        self._values = values
+
+    def values(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """One value per row of a block."""
+        return self._values(student, teacher, labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(ABC):
+    """What the student should match, and how much it counts.
+
+    Attributes:
+        weight: A number >= 0, or a schedule: a function of the training progress
+            (`llm_distill.schedules`).
+        name: In the log; the class name by default, numbered where there are several.
+
+    Raises:
+        ValueError: For a weight that is negative or not finite at any point of the training.
+    """
+
+    weight: float | schedules.Schedule = 1.0
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse impossible weights at once."""
+        schedules.check(self.weight, self.name or type(self).__name__)
+
+    def survey(self, student: ModelSpec, teacher: ModelSpec) -> tuple[Request, Request]:
+        """Signals of the calibration batch it needs before it can be built; none for most."""
+        del student, teacher
+        return Request(), Request()
+
+    @abstractmethod
+    def build(
+        self, student: ModelSpec, teacher: ModelSpec, evidence: Evidence | None = None
+    ) -> Term:
+        """Bind to two models; parts that need the evidence stay undecided without it."""
+
+    def describe(self) -> str:
+        """Its settings in a few words, for tables."""
+        return ""
+
+
+def check_objectives(objectives: Sequence[Objective]) -> None:
+    """Refuse a list that trains nothing.
+
+    Raises:
+        ValueError: If it is empty, or every weight is zero for the whole run.
+    """
+    if not objectives:
+        raise ValueError("objectives: the list is empty; write at least one, such as Logits()")
+    for objective in objectives:
+        if not isinstance(objective, Objective):
+            raise ValueError(
+                f"objectives: {objective!r} is no Objective; write one of CrossEntropy(), "
+                "Logits(), …"
+            )
+    if all(schedules.at(o.weight, k / 100) == 0 for o in objectives for k in range(101)):
+        raise ValueError(
+            "objectives: every weight is 0 for the whole run; nothing would be trained"
+        )
+
+
+def named(objectives: Sequence[Objective]) -> dict[str, Objective]:
+    """Each objective under the name it has in the log.
+
+    Raises:
+        ValueError: If two have the same name, or one has that of an evaluation's figure.
+    """
+    result: dict[str, Objective] = {}
+    seen: dict[str, int] = {}
+    for objective in objectives:
+        kind = type(objective).__name__
+        seen[kind] = seen.get(kind, 0) + 1
+        name = objective.name or (kind if seen[kind] == 1 else f"{kind}.{seen[kind]}")
+        if name in RESERVED:
+            raise ValueError(
+                f"objectives: one is named {name!r}, as a figure of every evaluation; write another"
+            )
+        if name in result:
+            raise ValueError(f"objectives: two are named {name!r}; give each a name of its own")
+        result[name] = objective
+    return result
+
+
+def check_row_function(function: Callable[..., Any], shape: tuple[int, ...], owner: str) -> None:
+    """Refuse a loss that does not return one value per row, tried on two small tensors.
+
+    Raises:
+        ValueError: Naming the loss and what it returned.
+    """
+    sample = torch.linspace(0.1, 1.0, int(torch.tensor(shape).prod())).view(shape)
+    sample = sample / sample.sum(-1, keepdim=True)
+    name = getattr(function, "__name__", None) or repr(function)
+    try:
+        values = function(sample, sample.clone())
+    except Exception as error:
+        raise ValueError(
+            f"{owner}: loss {name} fails on two tensors of shape {list(shape)}: {error}"
+        ) from error
+    if not isinstance(values, Tensor) or values.shape != shape[:1]:
+        got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"{owner}: loss {name} returned {got} for {shape[0]} rows; a loss returns one value "
+            "per row and leaves the "
+            "reduction to the caller (reduction='none', then a mean over the last dimension)"
+        )

@@ -1,0 +1,107 @@
+"""Writing and reading students as plain transformers checkpoints, terms beside them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from llm_distill.distiller import Distiller
+
+STUDENT = "student."
+TERMS = "terms."
+TERMS_FILE = "terms.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def save_student(distiller: Distiller, folder: Path, state: Mapping[str, Tensor] | None) -> None:
+    """Write the plain student: weights, config, generation config; for PEFT the adapter.
+
+    Args:
+        distiller: Holds the student.
+        folder: Made if absent.
+        state: The whole distiller's state dict where it had to be gathered; None reads the module.
+    """
+    own = (
+        None
+        if state is None
+        else {k.removeprefix(STUDENT): v for k, v in state.items() if k.startswith(STUDENT)}
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    cast("PreTrainedModel", distiller.student).save_pretrained(folder, state_dict=own)
+
+
+def save_terms(distiller: Distiller, folder: Path, state: Mapping[str, Tensor] | None) -> None:
+    """Write what the terms learned (projectors, matched heads), for resuming."""
+    own = distiller.terms.state_dict()
+    if state is not None:
+        own = {k.removeprefix(TERMS): v for k, v in state.items() if k.startswith(TERMS)}
+    if own:
+        save_file({k: v.contiguous().cpu() for k, v in own.items()}, folder / TERMS_FILE)
+
+
+def load_student(distiller: Distiller, folder: Path) -> None:
+    """Read the student's weights back from a checkpoint, every one of them.
+
+    Raises:
+        ValueError: If weights are missing or left over.
+    """
+    student = distiller.student
+    if isinstance(student, PeftModel):
+        _load_adapter(student, folder)
+        return
+    model = cast("PreTrainedModel", student)
+    fresh, report = cast(
+        "tuple[PreTrainedModel, dict[str, Any]]",
+        type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True),
+    )
+    wrong = {
+        key: sorted(report[key])
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if report[key]
+    }
+    if wrong:
+        raise ValueError(
+            f"checkpoint {folder} does not fit the student {type(model).__name__}: {wrong}"
+        )
+    model.load_state_dict(fresh.state_dict())
+    model.tie_weights()
+
+
+def load_terms(distiller: Distiller, folder: Path) -> None:
+    """Read what the terms learned.
+
+    Raises:
+        FileNotFoundError: If the terms have something to load and the checkpoint does not have it.
+    """
+    if not distiller.terms.state_dict():
+        return
+    path = folder / TERMS_FILE
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: the projectors of this run would start anew; resume from another "
+            "checkpoint, or start over"
+        )
+    distiller.terms.load_state_dict(load_file(path))
+
+
+def _load_adapter(student: nn.Module, folder: Path) -> None:
+    """An adapter's weights, every one of them."""
+    path = folder / ADAPTER_FILE
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: this is no checkpoint of an adapter")
+    result: Any = set_peft_model_state_dict(student, load_file(path))
+    left = [key for key in result.missing_keys if ".lora_" in key or "modules_to_save" in key]
+    if left or result.unexpected_keys:
+        raise ValueError(
+            f"checkpoint {folder} does not fit the adapter: missing {left}, unexpected "
+            f"{result.unexpected_keys}"
+        )

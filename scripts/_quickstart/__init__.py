@@ -1,0 +1,1 @@
+"""The parts of `scripts.quickstart`, in the order in which it uses them."""

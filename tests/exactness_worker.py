@@ -1,0 +1,105 @@
+"""Trains one student in several splittings of one global batch; started alone or by torchrun.
+
+Usage: python -m tests.exactness_worker ENGINE FOLDER   (ENGINE: one, ddp, fsdp2)
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests import tiny
+from tests.fsdp2_on_cpu import fsdp2_on_cpu
+
+EMPTY = (0, 1, 2, 3, 9)
+"""Rows without any supervised token: the first micro-batch of rank 0 has none."""
+
+
+def objectives() -> list[Any]:
+    """All three signals, a weight that changes, and projectors of another width."""
+    from llm_distill import AttentionMaps, CrossEntropy, HiddenStates, Logits
+    from llm_distill.schedules import linear
+
+    return [
+        CrossEntropy(weight=0.5),
+        Logits(temperature=2.0),
+        HiddenStates(weight=partial(linear, start=0.5, end=0.1)),
+        AttentionMaps(queries=5, rows="valid"),
+    ]
+
+
+def train(
+    folder: Path, batch: int, accumulation: int, empty: tuple[int, ...], **changes: Any
+) -> Any:
+    """Three steps; the trainer."""
+    from llm_distill import DistillTrainer
+
+    args = tiny.arguments(
+        folder / "out",
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        **changes,
+    )
+    trainer = DistillTrainer(
+        tiny.llama("student", tied=changes.pop("tied", False)),
+        tiny.llama("teacher"),
+        objectives(),
+        args,
+        train_dataset=list(tiny.rows(empty=empty)),  # a list: our own preparation drops empty rows
+    )
+    trainer.train()
+    return trainer
+
+
+def whole(trainer: Any) -> dict[str, torch.Tensor]:
+    """Every weight of student and projectors, gathered."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    if trainer.is_fsdp_enabled:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        gathered: Any = get_model_state_dict(trainer.model, options=options)
+        return dict(gathered)
+    return {k: v.detach().clone() for k, v in trainer.distiller.state_dict().items()}
+
+
+def main(engine: str, folder: Path) -> None:
+    """Run all splittings of 8 rows that this launch allows."""
+    torch.set_num_threads(1)
+    if engine == "fsdp2":
+        fsdp2_on_cpu()
+    ranks = 1 if engine == "one" else 2
+    facts: dict[str, Any] = {}
+    for label, empty in (("full", ()), ("empty", EMPTY)):
+        for batch in (8 // ranks, 1):
+            trainer = train(folder, batch, 8 // ranks // batch, empty)
+            facts[f"{label} {ranks}x{batch}x{8 // ranks // batch}"] = whole(trainer)
+            facts["world"] = trainer.args.world_size
+            facts["wrapped"] = type(trainer.model_wrapped).__name__
+            facts["losses"] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+            if engine == "fsdp2":
+                facts["groups"] = _groups(trainer.model)
+                facts["dtensors"] = sum(
+                    hasattr(p, "placements") for p in trainer.model.parameters()
+                )
+                facts["parameters"] = sum(1 for _ in trainer.model.parameters())
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        torch.save(facts, folder / f"{engine}.pt")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _groups(model: torch.nn.Module) -> list[str]:
+    """Modules that FSDP2 gathers one by one."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return [
+        name or "<root>" for name, module in model.named_modules() if isinstance(module, FSDPModule)
+    ]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

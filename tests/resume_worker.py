@@ -1,0 +1,76 @@
+"""Trains four steps straight, and again from the checkpoint of step two.
+
+Usage: python -m tests.resume_worker ENGINE FOLDER   (ENGINE: one, ddp, fsdp2_full, fsdp2_sharded)
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig
+
+from tests import tiny
+from tests.exactness_worker import objectives, whole
+from tests.fsdp2_on_cpu import fsdp2_on_cpu
+
+STUDENTS = ("plain", "tied", "lora")
+
+
+def build(kind: str, folder: Path, ranks: int) -> Any:
+    """A trainer with AdamW, dropout and a projector, saving at step two."""
+    from llm_distill import DistillTrainer
+
+    student = tiny.llama("student", tied=kind == "tied")
+    for layer in student.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    args = tiny.arguments(
+        folder,
+        max_steps=4,
+        per_device_train_batch_size=4 // ranks,
+        gradient_accumulation_steps=2,
+        optim="adamw_torch",
+        learning_rate=1e-3,
+        lr_scheduler_type="linear",
+        save_strategy="steps",
+        save_steps=2,
+        train_sampling_strategy="random",
+    )
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if kind == "lora" else None
+    return DistillTrainer(
+        student,
+        tiny.llama("teacher"),
+        objectives(),
+        args,
+        train_dataset=tiny.rows(),
+        peft_config=adapter,
+    )
+
+
+def main(engine: str, folder: Path) -> None:
+    """All kinds of students."""
+    torch.set_num_threads(1)
+    if engine.startswith("fsdp2"):
+        kind = engine.removeprefix("fsdp2_").upper()
+        fsdp2_on_cpu(FSDP_STATE_DICT_TYPE=f"{kind}_STATE_DICT")
+    ranks = 1 if engine == "one" else 2
+    facts: dict[str, Any] = {}
+    for student in STUDENTS:
+        out = folder / engine / student
+        straight = build(student, out, ranks)
+        straight.train()
+        resumed = build(student, out, ranks)
+        resumed.train(resume_from_checkpoint=str(out / "checkpoint-2"))
+        facts[student] = {"straight": whole(straight), "resumed": whole(resumed)}
+        facts[student]["files"] = sorted(p.name for p in (out / "checkpoint-2").iterdir())
+        resumed.save_model(str(out / "final"))
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        torch.save(facts, folder / f"{engine}.pt")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,246 @@
+"""Signals equal what the model itself returns, on every family, padding and mode."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel
+
+from llm_distill.capture import Reader, plain, predicts_next, refuse_layers
+from llm_distill.objectives import QueryPlan
+from llm_distill.preparation import make_batch
+from llm_distill.rows import Batch, RowCollator
+from llm_distill.signals import Dense, ModelSpec, Request
+from tests import tiny
+
+FAMILIES = ["llama", "qwen3", "gpt2", "gemma3", "bert"]
+CAUSAL = FAMILIES[:-1]
+
+
+def build(family: str) -> Any:
+    return tiny.bert() if family == "bert" else tiny.MODELS[family]()
+
+
+def batch_of(model: Any, *, side: str = "right", queries: int | None = 6) -> Batch:
+    collate = RowCollator(
+        lambda examples: tiny.batch(side=side), shift=predicts_next(model), valid=True
+    )
+    return make_batch(collate([]), QueryPlan(queries, "valid"), seed=0, epoch=0)
+
+
+def eager(model: Any) -> Any:
+    twin = copy.deepcopy(model)
+    twin.set_attn_implementation("eager")
+    return twin
+
+
+def everything(model: Any) -> Request:
+    depth = model.config.num_hidden_layers
+    return Request(logits=True, hidden=frozenset({0, 1, depth}), heads=frozenset({1, depth}))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_signals_are_what_the_model_returns(family: str, side: str) -> None:
+    model = build(family)
+    twin = eager(model)
+    batch = batch_of(model, side=side)
+    signals = Reader(model, everything(model), family).read(batch)
+    out = twin(**batch.inputs, output_hidden_states=True, output_attentions=True)
+
+    rows = batch.supervised.index
+    logits = out.logits.flatten(0, 1)[rows]
+    assert torch.allclose(signals.logits.logits(slice(None)), logits, atol=2e-4)
+    for layer in (0, 1, model.config.num_hidden_layers):
+        expected = out.hidden_states[layer].flatten(0, 1)[rows]
+        assert torch.allclose(signals.hidden(layer, batch.supervised), expected, atol=1e-4)
+    assert batch.queries is not None
+    for layer in (1, model.config.num_hidden_layers):
+        maps = signals.heads(layer).maps(batch.queries)
+        whole = out.attentions[layer - 1].transpose(1, 2)  # [B, T, H, T]
+        place = batch.queries.position[:, :, None, None].expand(-1, -1, *whole.shape[2:])
+        expected = whole.gather(1, place).flatten(0, 1)[batch.queries.flat]
+        assert torch.allclose(maps, expected, atol=1e-5)
+        assert torch.allclose(maps.sum(-1), torch.ones(()), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_left_and_right_padding_agree(family: str) -> None:
+    """The same sequences, padded on either side, give the same rows."""
+    model = build(family)
+    right, left = tiny.batch(side="right"), tiny.batch(side="right")
+    for row, mask in enumerate(right["attention_mask"]):
+        pads = int((mask == 0).sum())
+        for key in left:
+            left[key][row] = left[key][row].roll(pads)
+    reader = Reader(model, everything(model), family)
+    values = []
+    for inputs in (right, left):
+        collate = RowCollator(lambda _, inputs=inputs: dict(inputs), shift=True, valid=True)  # type: ignore[misc]
+        batch = make_batch(collate([]), QueryPlan(4, "valid"), seed=0, epoch=0)
+        signals = reader.read(batch)
+        assert batch.valid is not None
+        assert batch.queries is not None
+        maps = signals.heads(1).maps(batch.queries)
+        values.append(
+            (
+                signals.logits.logits(slice(None)),
+                signals.hidden(1, batch.valid),
+                maps.sort(-1).values[..., -4:],
+            )
+        )
+    for a, b in zip(*values, strict=True):
+        assert torch.allclose(a, b, atol=2e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pads_change_nothing(family: str) -> None:
+    """Other tokens under the padding mask change no signal of a real row."""
+    model = build(family)
+    reader = Reader(model, everything(model), family)
+    batch = batch_of(model)
+    before = reader.read(batch)
+    ids = batch.inputs["input_ids"].clone()
+    ids[batch.inputs["attention_mask"] == 0] = 77
+    other = Batch({**batch.inputs, "input_ids": ids}, batch.supervised, batch.valid, batch.queries)
+    after = reader.read(other)
+    assert batch.queries is not None
+    assert torch.equal(before.logits.logits(slice(None)), after.logits.logits(slice(None)))
+    assert torch.equal(before.hidden(1, batch.supervised), after.hidden(1, batch.supervised))
+    assert torch.equal(before.heads(1).maps(batch.queries), after.heads(1).maps(batch.queries))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_equal_eager_attention(family: str, checkpointing: bool) -> None:
+    """Gradients through logits, hidden states and maps, with and without recomputation."""
+    model, twin = build(family), eager(build(family))
+    batch = batch_of(model)
+    depth = model.config.num_hidden_layers
+    assert batch.queries is not None
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    reader = Reader(model, everything(model), family)
+    signals = reader.read(batch)
+    ours = signals.heads(1).maps(batch.queries).square().sum()
+    ours = ours + signals.heads(depth).maps(batch.queries).square().sum()
+    ours = ours + signals.hidden(1, batch.supervised).square().mean()
+    ours = ours + signals.logits.logits(slice(None)).square().mean()
+    ours.backward()
+    reader.release()
+
+    out = twin(**batch.inputs, output_hidden_states=True, output_attentions=True)
+    theirs = torch.zeros(())
+    for layer in (1, depth):
+        whole = out.attentions[layer - 1].transpose(1, 2)
+        place = batch.queries.position[:, :, None, None].expand(-1, -1, *whole.shape[2:])
+        theirs = theirs + whole.gather(1, place).flatten(0, 1)[batch.queries.flat].square().sum()
+    rows = batch.supervised.index
+    theirs = theirs + out.hidden_states[1].flatten(0, 1)[rows].square().mean()
+    theirs = theirs + out.logits.flatten(0, 1)[rows].square().mean()
+    theirs.backward()
+    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if b.grad is None:
+            assert a.grad is None, name
+        else:
+            assert a.grad is not None, name
+            bound = 2e-4 * max(1.0, float(b.grad.abs().max()))
+            assert torch.allclose(a.grad, b.grad, atol=bound), name
+
+
+def test_only_asked_signals_are_kept(teacher: Any) -> None:
+    reader = Reader(teacher, Request(hidden=frozenset({2})), "teacher")
+    signals = reader.read(batch_of(teacher))
+    assert sorted(signals.states) == [2]
+    assert not signals.attention
+    with pytest.raises(LookupError, match="was not asked for logits"):
+        _ = signals.logits
+    with pytest.raises(LookupError, match="not asked for hidden state 1; it has \\[2\\]"):
+        signals.hidden(1, batch_of(teacher).supervised)
+
+
+def test_soft_capped_heads_are_read() -> None:
+    model = tiny.gemma3(softcap=3.0)
+    batch = batch_of(model)
+    logits = Reader(model, Request(logits=True), "gemma").read(batch).logits.logits(slice(None))
+    assert logits.abs().max() < 3.0
+    expected = model(**batch.inputs).logits.flatten(0, 1)[batch.supervised.index]
+    assert torch.allclose(logits, expected, atol=1e-5)
+
+
+def test_unknown_head_is_refused(student: Any) -> None:
+    """A model whose logits are not its head on its last hidden state."""
+    forward = student.forward
+
+    def doubled(**kwargs: Any) -> Any:
+        out = forward(**kwargs)
+        out.logits = out.logits * 2
+        return out
+
+    student.forward = doubled
+    with pytest.raises(ValueError, match="odd: the head of LlamaForCausalLM is more than a linear"):
+        Reader(student, Request(logits=True), "odd")
+
+
+def test_layers_out_of_range_are_refused(student: Any) -> None:
+    spec = ModelSpec.of(student.config, "small")
+    with pytest.raises(ValueError, match=r"small: hidden state 9 is out of range 0\.\.2"):
+        refuse_layers(Request(hidden=frozenset({9})), spec)
+    with pytest.raises(ValueError, match=r"small: block 0 is out of range 1\.\.2"):
+        refuse_layers(Request(heads=frozenset({0})), spec)
+
+
+def test_model_without_attention_is_refused() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, state_size=4)
+    config.num_attention_heads = 1
+    model = MambaForCausalLM(config)
+    with pytest.raises(ValueError, match="attention"):
+        Reader(model, Request(heads=frozenset({1})), "mamba")
+
+
+def test_adapters_are_seen_through_and_adapted_heads_refused(student: Any) -> None:
+    adapted = get_peft_model(
+        student, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    batch = batch_of(student)
+    logits = Reader(adapted, Request(logits=True), "lora").read(batch).logits.logits(slice(None))
+    expected = adapted(**batch.inputs).logits.flatten(0, 1)[batch.supervised.index]
+    assert torch.allclose(logits, expected, atol=1e-4)
+    assert isinstance(plain(adapted), PreTrainedModel)
+
+    headed = get_peft_model(tiny.llama("student"), LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="take the head out of target_modules"):
+        Reader(headed, Request(logits=True), "lora")
+
+
+def test_saved_head_module_is_read(student: Any) -> None:
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    adapted = get_peft_model(student, config)
+    with torch.no_grad():
+        plain(adapted).get_output_embeddings().modules_to_save["default"].weight.mul_(2)
+    batch = batch_of(student)
+    logits = Reader(adapted, Request(logits=True), "lora").read(batch).logits.logits(slice(None))
+    expected = adapted(**batch.inputs).logits.flatten(0, 1)[batch.supervised.index]
+    assert torch.allclose(logits, expected, atol=1e-4)
+
+
+def test_offloaded_head_gives_dense_logits(tmp_path: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = tiny.llama("teacher")
+    model.save_pretrained(tmp_path / "teacher")
+    parts = {"model": "cpu", "lm_head": "disk"}
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "teacher", device_map=parts, offload_folder=tmp_path / "offload"
+    )
+    batch = batch_of(model)
+    with torch.no_grad():
+        signals = Reader(offloaded, Request(logits=True), "offloaded").read(batch)
+    assert isinstance(signals.logits, Dense)
+    expected = Reader(model, Request(logits=True), "whole").read(batch).logits.logits(slice(None))
+    assert torch.allclose(signals.logits.logits(slice(None)), expected, atol=1e-5)

@@ -1,0 +1,366 @@
+"""`DistillTrainer` is a Trainer: its keyword arguments work, and its numbers are the naive ones."""
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel
+from transformers import TrainerCallback
+
+from llm_distill import (
+    AttentionMaps,
+    CrossEntropy,
+    DistillTrainer,
+    HiddenStates,
+    Local,
+    Logits,
+)
+from llm_distill.heads import group
+from llm_distill.rows import supervised_rows
+from llm_distill.schedules import linear
+from tests import tiny
+from tests.exactness_worker import objectives
+
+
+def build(folder: Path, wanted: Any = None, **changes: Any) -> DistillTrainer:
+    """A trainer on tiny Llamas; keyword arguments of Trainer, others of TrainingArguments."""
+    names = (
+        "eval_dataset",
+        "callbacks",
+        "compute_metrics",
+        "optimizers",
+        "peft_config",
+        "data_collator",
+    )
+    given = {name: changes.pop(name) for name in names if name in changes}
+    return DistillTrainer(
+        changes.pop("student", None) or tiny.llama("student"),
+        changes.pop("teacher", None) or tiny.llama("teacher"),
+        objectives() if wanted is None else wanted,
+        tiny.arguments(folder, **changes),
+        train_dataset=tiny.rows(),
+        **given,
+    )
+
+
+def losses(trainer: DistillTrainer) -> list[float]:
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def weights(trainer: DistillTrainer) -> dict[str, torch.Tensor]:
+    return dict(trainer.distiller.state_dict())
+
+
+def naive_rows(model: Any, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels of all supervised positions, one sequence at a time, float64."""
+    logits, labels = [], []
+    double = model.double().eval()
+    for row in rows:
+        with torch.no_grad():
+            out = double(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        target = torch.tensor(row["labels"][1:])
+        logits.append(out[target != -100])
+        labels.append(target[target != -100])
+    return torch.cat(logits), torch.cat(labels)
+
+
+def test_three_lines(tmp_path: Path) -> None:
+    """Everything that may be left out."""
+    trainer = DistillTrainer(
+        tiny.llama("student"),
+        tiny.llama("teacher"),
+        train_dataset=tiny.rows(),
+        args=tiny.arguments(tmp_path),
+    )
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert {"loss/CrossEntropy", "loss/Logits"} <= logged.keys()
+    assert logged["loss"] == pytest.approx(
+        0.1 * logged["loss/CrossEntropy"] + logged["loss/Logits"], rel=1e-5
+    )
+
+
+def test_evaluation_is_the_naive_one(tmp_path: Path) -> None:
+    """Token means over the whole set, from dense logits in float64."""
+    rows = tiny.rows(13)
+    trainer = build(tmp_path, eval_dataset=rows, per_device_eval_batch_size=4)
+    metrics = trainer.evaluate()
+    z_s, labels = naive_rows(tiny.llama("student"), rows)
+    z_t, _ = naive_rows(tiny.llama("teacher"), rows)
+    log_q, log_p = z_s.log_softmax(-1), z_t.log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    assert metrics["eval_kl"] == pytest.approx(float(kl), rel=1e-5)
+    assert metrics["eval_perplexity"] == pytest.approx(
+        float(F.cross_entropy(z_s, labels).exp()), rel=1e-5
+    )
+    assert metrics["eval_teacher_perplexity"] == pytest.approx(
+        float(F.cross_entropy(z_t, labels).exp()), rel=1e-5
+    )
+    agreement = (z_s.argmax(-1) == z_t.argmax(-1)).double().mean()
+    assert metrics["eval_agreement"] == pytest.approx(float(agreement))
+    tempered = (
+        4
+        * (
+            (log_p / 2).log_softmax(-1).exp()
+            * ((log_p / 2).log_softmax(-1) - (log_q / 2).log_softmax(-1))
+        )
+        .sum(-1)
+        .mean()
+    )
+    assert metrics["eval_loss/Logits"] == pytest.approx(float(tempered), rel=1e-4)
+
+
+def test_evaluation_is_deterministic(tmp_path: Path) -> None:
+    trainer = build(tmp_path, eval_dataset=tiny.rows(9))
+    first, second = trainer.evaluate(), trainer.evaluate()
+    for key in ("eval_loss", "eval_kl", "eval_loss/AttentionMaps"):
+        assert first[key] == second[key]
+
+
+def test_evaluation_does_not_depend_on_its_batch_size(tmp_path: Path) -> None:
+    results = [
+        build(tmp_path, eval_dataset=tiny.rows(9), per_device_eval_batch_size=b).evaluate()
+        for b in (1, 4, 9)
+    ]
+    for key in ("eval_loss", "eval_kl", "eval_loss/AttentionMaps", "eval_loss/HiddenStates"):
+        assert results[0][key] == pytest.approx(results[1][key], rel=1e-5)
+        assert results[0][key] == pytest.approx(results[2][key], rel=1e-5)
+
+
+def test_eval_loss_uses_the_weights_at_the_end(tmp_path: Path) -> None:
+    """A decaying weight must not make `eval_loss` fall by itself."""
+    fading = HiddenStates(weight=partial(linear, start=1.0, end=0.0))
+    trainer = build(tmp_path, [Logits(), fading], eval_dataset=tiny.rows(8))
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_loss/Logits"], rel=1e-6)
+    assert metrics["eval_loss/HiddenStates"] > 0.1
+
+
+def test_schedules_follow_the_progress(tmp_path: Path) -> None:
+    fading = HiddenStates(weight=partial(linear, start=1.0, end=0.0))
+    trainer = build(tmp_path, [Logits(), fading], max_steps=4, learning_rate=0.0)
+    trainer.train()
+    for step, log in enumerate(entry for entry in trainer.state.log_history if "loss" in entry):
+        expected = log["loss/Logits"] + (1 - step / 4) * log["loss/HiddenStates"]
+        assert log["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_two_of_one_class_have_two_names(tmp_path: Path) -> None:
+    trainer = build(tmp_path, [HiddenStates(), HiddenStates(normalize="none"), Logits(name="soft")])
+    trainer.train()
+    logged = trainer.state.log_history[0].keys()
+    assert {"loss/HiddenStates", "loss/HiddenStates.2", "loss/soft"} <= logged
+
+
+def test_compute_metrics_gets_full_logits(tmp_path: Path) -> None:
+    seen: dict[str, Any] = {}
+
+    def look(prediction: Any) -> dict[str, float]:
+        seen["logits"], seen["labels"] = prediction.predictions, prediction.label_ids
+        return {"mine": 1.5}
+
+    rows = tiny.rows(6)
+    trainer = build(tmp_path, eval_dataset=rows, compute_metrics=look, per_device_eval_batch_size=6)
+    metrics = trainer.evaluate()
+    longest = max(map(len, rows["input_ids"]))
+    assert metrics["eval_mine"] == 1.5
+    assert seen["logits"].shape == (6, longest, tiny.VOCABULARY)
+    assert seen["labels"].shape == (6, longest)
+    alone = tiny.llama("student")(torch.tensor([rows[0]["input_ids"]])).logits[0]
+    assert torch.allclose(torch.tensor(seen["logits"][0, : len(alone)]), alone, atol=1e-4)
+
+
+def test_no_full_logits_without_compute_metrics(tmp_path: Path) -> None:
+    trainer = build(tmp_path, eval_dataset=tiny.rows(6))
+    forward = trainer.student.forward
+
+    def forbidden(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the student's own head ran")
+
+    trainer.student.forward = forbidden  # type: ignore[assignment]
+    trainer.train()
+    trainer.evaluate()
+    trainer.student.forward = forward  # type: ignore[assignment]
+
+
+def test_callbacks_and_optimizers_are_used(tmp_path: Path) -> None:
+    class Counting(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self.steps += 1
+
+    counting = Counting()
+    student = tiny.llama("student")
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
+    trainer = build(
+        tmp_path, [Logits()], student=student, callbacks=[counting], optimizers=(optimizer, None)
+    )
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    trainer.train()
+    assert counting.steps == 3
+    assert all(torch.equal(before[k], v) for k, v in student.state_dict().items())
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    plain = build(tmp_path)
+    plain.train()
+    saving = build(tmp_path, activation_checkpointing=True)
+    saving.train()
+    a, b = weights(plain), weights(saving)
+    assert max(float((a[k] - b[k]).abs().max()) for k in a) <= 1e-7
+
+
+def test_reentrant_checkpointing_is_refused_with_maps(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no gradient under reentrant"):
+        build(
+            tmp_path,
+            activation_checkpointing=True,
+            activation_checkpointing_kwargs={"use_reentrant": True},
+        )
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor"
+)  # dynamo's own, on a graph break
+def test_compiled_equals_eager(tmp_path: Path) -> None:
+    """`aot_eager` needs no compiler."""
+    eager = build(tmp_path)
+    eager.train()
+    compiled = build(tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
+    compiled.train()
+    assert losses(compiled) == pytest.approx(losses(eager), rel=1e-5)
+
+
+def test_bf16_is_close(tmp_path: Path) -> None:
+    exact, short = build(tmp_path), build(tmp_path, bf16=True)
+    exact.train()
+    short.train()
+    assert losses(short) == pytest.approx(losses(exact), rel=2e-2)
+    assert next(short.student.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_adapters_train_and_the_rest_stays(tmp_path: Path, wrapped: bool) -> None:
+    """As `peft_config`, and as a PEFT student."""
+    from peft import get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    if wrapped:
+        trainer = build(tmp_path, student=get_peft_model(tiny.llama("student"), config))
+    else:
+        trainer = build(tmp_path, peft_config=config)
+    before = {k: v.clone() for k, v in trainer.student.state_dict().items()}
+    trainer.train()
+    assert isinstance(trainer.student, PeftModel)
+    for name, value in trainer.student.state_dict().items():
+        assert torch.equal(before[name], value) == ("lora_" not in name), name
+
+
+def test_teacher_stays_as_it_is(tmp_path: Path) -> None:
+    teacher = tiny.llama("teacher")
+    teacher.train()
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    build(tmp_path, teacher=teacher).train()
+    assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
+    assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+    assert not teacher.training
+
+
+def test_equal_models_have_nothing_to_learn(tmp_path: Path) -> None:
+    """Zero loss, zero gradient, finite."""
+    wanted = [Logits(), HiddenStates(), AttentionMaps(heads=group)]
+    trainer = build(tmp_path, wanted, student=tiny.llama("teacher"), teacher=tiny.llama("teacher"))
+    before = {k: v.clone() for k, v in trainer.student.state_dict().items()}
+    trainer.train()
+    assert max(losses(trainer)) < 1e-6
+    moved = [float((before[k] - v).abs().max()) for k, v in trainer.student.state_dict().items()]
+    assert max(moved) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma3"])
+def test_other_families_train(tmp_path: Path, family: str) -> None:
+    student, teacher = tiny.MODELS[family](), tiny.MODELS[family]()
+    trainer = build(tmp_path, student=student, teacher=teacher, learning_rate=1e-3)
+    trainer.train()
+    assert all(torch.isfinite(torch.tensor(losses(trainer))))
+
+
+def test_masked_models_have_rows_without_the_shift(tmp_path: Path) -> None:
+    """BERT predicts at the masked position itself; the rows are selected by us, on the backbone."""
+    student, teacher = tiny.bert(), tiny.bert(depth=4)
+    batch = tiny.batch()
+    rows = supervised_rows(
+        batch["input_ids"], batch["attention_mask"], batch["labels"], shift=False
+    )
+    assert len(rows) == int((batch["labels"] != -100).sum())
+    trainer = build(
+        tmp_path, [CrossEntropy(), Logits(), HiddenStates()], student=student, teacher=teacher
+    )
+    trainer.train()
+    naive = _masked_cross_entropy(tiny.bert(), trainer)
+    assert trainer.state.log_history[0]["loss/CrossEntropy"] == pytest.approx(naive, rel=1e-4)
+
+
+def _masked_cross_entropy(model: Any, trainer: DistillTrainer) -> float:
+    """Over the first 8 rows, unshifted."""
+    total, count = 0.0, 0
+    for row in list(trainer.train_dataset)[:8]:  # type: ignore[arg-type]
+        labels = torch.tensor([row["labels"]])
+        with torch.no_grad():
+            out = model(torch.tensor([row["input_ids"]])).logits
+        total += float(F.cross_entropy(out[0], labels[0], reduction="sum"))
+        count += int((labels != -100).sum())
+    return total / count
+
+
+def test_padded_vocabularies(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """128 and 136 rows of one tokenizer: divergences on the common tokens, renormalised."""
+    known = tiny.tokenizer()
+    student, teacher = tiny.llama("student"), tiny.llama("teacher", vocabulary=136)
+    with caplog.at_level(logging.WARNING):
+        trainer = DistillTrainer(
+            student,
+            Local(teacher, tokenizer=known),
+            [CrossEntropy(), Logits()],
+            tiny.arguments(tmp_path),
+            train_dataset=tiny.rows(),
+            eval_dataset=tiny.rows(8),
+            processing_class=known,
+        )
+    metrics = trainer.evaluate()
+    z_s, _ = naive_rows(tiny.llama("student"), tiny.rows(8))
+    z_t, _ = naive_rows(tiny.llama("teacher", vocabulary=136), tiny.rows(8))
+    log_q, log_p = z_s.log_softmax(-1), z_t[:, :128].log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    assert metrics["eval_loss/Logits"] == pytest.approx(float(kl), rel=1e-4)
+
+
+def test_users_own_collator(tmp_path: Path) -> None:
+    """Anything that makes `input_ids` and `labels`."""
+
+    def collate(examples: list[Any]) -> dict[str, torch.Tensor]:
+        del examples
+        return tiny.batch(sequences=4)
+
+    trainer = build(tmp_path, data_collator=collate)
+    trainer.train()
+    assert len(losses(trainer)) == 3
+
+
+def test_unused_layers_do_not_stop_ddp(tmp_path: Path) -> None:
+    """Without logits the upper layers and the head have no gradient."""
+    trainer = build(tmp_path, [HiddenStates(layers=_first_layer)])
+    assert trainer.args.ddp_find_unused_parameters is True
+    trainer.train()
+    assert build(tmp_path).args.ddp_find_unused_parameters is False
+
+
+def _first_layer(student_depth: int, teacher_depth: int) -> Any:
+    from llm_distill.layers import explicit
+
+    return explicit(student_depth, teacher_depth, pairs=[[1, 2]])
