@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llm_distill import schedules
 from llm_distill.errors import InputError
 from llm_distill.objectives import Evidence, Objective, QueryPlan, Term, check_objectives, named
+from llm_distill.rows import Batch, sample_queries
 from llm_distill.signals import ModelSpec, Request
 
 if TYPE_CHECKING:
@@ -69,6 +71,43 @@ def query_plan(terms: Mapping[str, Term]) -> QueryPlan | None:
             "once: write the same `queries` and `rows` in both"
         )
     return next(iter(plans.values()), None)
+
+
+def make_batch(
+    collated: Mapping[str, Any],
+    plan: QueryPlan | None,
+    *,
+    seed: int,
+    epoch: int,
+    keep: int | None = None,
+) -> Batch:
+    """What `RowCollator` made, as models and terms see it.
+
+    Args:
+        collated: Model inputs with `rows`, `valid` and `keys` beside them.
+        plan: Which query rows to sample; None for none.
+        seed: Of the run.
+        epoch: Of the queries.
+        keep: Only the rows of the first sequences count: the rest repeats others, to even out the
+            ranks.
+    """
+    rows, valid, keys = collated["rows"], collated["valid"], collated["keys"]
+    if keep is not None:
+        rows = rows.first(keep)
+        valid = None if valid is None else valid.first(keep)
+    queries = None
+    if plan is not None:
+        among = rows if plan.rows == "supervised" else valid
+        missing = len(keys) - len(among.per_sequence)
+        among = replace(among, per_sequence=(*among.per_sequence, *[0] * missing))
+        queries = sample_queries(among, keys, most=plan.most, seed=seed, epoch=epoch)
+    inputs = {
+        k: v
+        for k, v in collated.items()
+        if k not in ("rows", "valid", "keys", "labels", "num_items_in_batch")
+    }
+    batch = Batch(inputs, rows, valid, queries)
+    return batch.to(rows.index.device)
 
 
 def needs_valid(terms: Mapping[str, Term]) -> bool:

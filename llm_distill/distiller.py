@@ -91,10 +91,6 @@ class Distiller(nn.Module):
             )
         cast("Any", self.student).activation_checkpointing_enable(**kwargs)
 
-    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
-        """The student's own estimate, for `total_flos`."""
-        return int(cast("Any", plain(self.student)).floating_point_ops(inputs))
-
     def release(self) -> None:
         """Forget the last batch, once its backward is done."""
         self._reader.release()

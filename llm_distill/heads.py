@@ -104,5 +104,4 @@ def check_match(student_heads: int, teacher_heads: int) -> None:
 
 def _grouped(maps: Tensor, heads: int) -> Tensor:
     """Neighbouring heads averaged into `heads` groups: `[N, H, T] -> [N, heads, T]`."""
-    groups, width = maps.shape[0], maps.shape[-1]
-    return maps.reshape(groups, heads, -1, width).mean(2)
+    return maps.unflatten(1, (heads, -1)).mean(2)

@@ -3,31 +3,43 @@
 from __future__ import annotations
 
 import itertools
-import logging
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, SaveStrategy
 
 from llm_distill import binding, loading
-from llm_distill.capture import Reader, predicts_next
-from llm_distill.data import Collator, Data, prepare
+from llm_distill.binding import make_batch
+from llm_distill.capture import Reader, plain, predicts_next
+from llm_distill.data import Collator
+from llm_distill.data.given import first_of, tokenised
 from llm_distill.errors import InputError
-from llm_distill.objectives import Evidence, Objective, QueryPlan, Term
-from llm_distill.rows import Batch, RowCollator, sample_queries
+from llm_distill.objectives import Evidence, Objective, Term
+from llm_distill.rows import Batch, RowCollator
 from llm_distill.signals import ModelSpec, Request
 from llm_distill.students import FromConfig, Student, as_local, student_spec
 from llm_distill.teachers import Local, Source, Teacher
 from llm_distill.vocabulary import settle_tokenizers
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from transformers import PreTrainedModel, TrainingArguments
+
+__all__ = ["CALIBRATION_EXAMPLES", "Run", "check_arguments", "make_batch", "prepare_run"]
 
 CALIBRATION_EXAMPLES = 32
+"""Of the training data: what least squares and matched heads are decided on."""
+
+COLUMNS = ("input_ids", "attention_mask", "labels", "token_type_ids", "position_ids")
+"""What collators and models read; `remove_unused_columns` takes the others away."""
+
+LOWER_IS_BETTER = ("kl", "perplexity")
+"""Figures of an evaluation that transformers would maximise, as everything that is no `loss`."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +105,11 @@ class Run:
 
     def _calibration_batch(self, args: TrainingArguments) -> Batch:
         """The first examples of the training data."""
-        examples = list(
-            itertools.islice(
-                iter(cast("Iterable[Any]", self.kwargs["train_dataset"])), CALIBRATION_EXAMPLES
-            )
-        )
-        collated = self.collator(examples)
+        dataset = cast("Iterable[Any]", self.kwargs["train_dataset"])
+        examples = itertools.islice(dataset, CALIBRATION_EXAMPLES)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.seed)  # collators may draw
+            collated = self.collator([_readable(example, args) for example in examples])
         plan = binding.query_plan(self.terms)
         return make_batch(collated, plan, seed=args.seed, epoch=0).to(args.device)
 
@@ -117,7 +128,7 @@ def prepare_run(
     """
     check_arguments(args, kwargs)
     master = teacher if isinstance(teacher, Teacher) else Local(teacher)
-    if isinstance(model, PreTrainedModel) and isinstance(master, Local) and master.model is model:
+    if _weights(model) is not None and _weights(model) is _weights(master):
         raise InputError("model and teacher are one object; give the teacher a copy of its own")
     student = student_spec(model, master.config)
     terms = binding.bind(objectives, student, master.spec, seed=args.seed)
@@ -129,13 +140,17 @@ def prepare_run(
     filled["processing_class"] = tokenizer
     positions = min((s.positions for s in (student, master.spec) if s.positions), default=None)
     reports: list[str] = []
+    collator = filled.get("data_collator")
     for name in ("train_dataset", "eval_dataset"):
-        filled[name] = _tokenised(filled.get(name), tokenizer, positions, reports, name)
-    if filled.get("data_collator") is None:
+        dataset, own = filled.get(name), collator is not None
+        filled[name] = tokenised(dataset, tokenizer, positions, reports, name, keep_tokens=own)
+    if collator is None:
         filled["data_collator"] = (
             Collator.of(tokenizer) if tokenizer is not None else Collator(pad_token_id=0)
         )
-    return Run(model, student, master, tuple(objectives), terms, shift, filled, tuple(reports))
+    run = Run(model, student, master, tuple(objectives), terms, shift, filled, tuple(reports))
+    _check_training_data(run, args)
+    return run
 
 
 def check_arguments(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None:
@@ -165,86 +180,69 @@ def check_arguments(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None:
         HubStrategy.CHECKPOINT,
         HubStrategy.ALL_CHECKPOINTS,
     ):
+        strategy = HubStrategy(args.hub_strategy).value
         raise InputError(
-            f"hub_strategy {str(args.hub_strategy)!r} would upload optimizer states and "
-            "projectors; write every_save or end"
+            f"hub_strategy {strategy!r} would upload optimizer states and projectors; write "
+            "every_save or end"
         )
     # The filter reads every micro-batch's loss on the host, and hides what it finds.
     args.logging_nan_inf_filter = False
-    if args.metric_for_best_model == "loss":
-        # What transformers fills in where nothing was said; `eval_loss` says it explicitly.
-        args.metric_for_best_model = "eval_kl"
+    _settle_best_metric(args, kwargs.get("eval_dataset"))
     loader: Any = args.accelerator_config
     if loader.dispatch_batches is None:
         # Rows cannot be cut from one process's batch like [B, T] tensors.
         loader.dispatch_batches = False
 
 
-def make_batch(
-    collated: Mapping[str, Any],
-    plan: QueryPlan | None,
-    *,
-    seed: int,
-    epoch: int,
-    keep: int | None = None,
-) -> Batch:
-    """What `RowCollator` made, as models and terms see it.
+def _settle_best_metric(args: TrainingArguments, evaluation: object) -> None:
+    """KL to the teacher, of the first dataset where there are several, unless one was named."""
+    metric = args.metric_for_best_model
+    if metric == "loss" or (metric is None and args.save_strategy == SaveStrategy.BEST):
+        # What transformers fills in where nothing was said; `eval_loss` says it explicitly.
+        first = next(iter(evaluation), None) if isinstance(evaluation, Mapping) else None
+        args.metric_for_best_model = "eval_kl" if first is None else f"eval_{first}_kl"
+        args.greater_is_better = False
+    elif metric is not None and metric.endswith(LOWER_IS_BETTER):
+        args.greater_is_better = False
 
-    Args:
-        collated: Model inputs with `rows`, `valid` and `keys` beside them.
-        plan: Which query rows to sample; None for none.
-        seed: Of the run.
-        epoch: Of the queries.
-        keep: Only the rows of the first sequences count: the rest repeats others, to even out the
-            ranks.
+
+def _weights(model: object) -> nn.Module | None:
+    """The loaded model behind a student or a teacher, adapters taken off."""
+    inner = model.model if isinstance(model, Local) else model
+    return plain(inner) if isinstance(inner, nn.Module) else None
+
+
+def _readable(example: Any, args: TrainingArguments) -> Any:  # noqa: ANN401  what a collator takes
+    """An example without the columns that Trainer takes away."""
+    if not args.remove_unused_columns or not isinstance(example, Mapping):
+        return example
+    return {key: example[key] for key in COLUMNS if key in example}
+
+
+def _check_training_data(run: Run, args: TrainingArguments) -> None:
+    """Refuse training data that the objectives or the collator have no use for.
+
+    Raises:
+        InputError: For several splits at once, rows without labels, or nothing to calibrate on.
     """
-    rows, valid, keys = collated["rows"], collated["valid"], collated["keys"]
-    if keep is not None:
-        rows = rows.first(keep)
-        valid = None if valid is None else valid.first(keep)
-    queries = None
-    if plan is not None:
-        among = rows if plan.rows == "supervised" else valid
-        missing = len(keys) - len(among.per_sequence)
-        among = replace(among, per_sequence=(*among.per_sequence, *[0] * missing))
-        queries = sample_queries(among, keys, most=plan.most, seed=seed, epoch=epoch)
-    inputs = {
-        k: v
-        for k, v in collated.items()
-        if k not in ("rows", "valid", "keys", "labels", "num_items_in_batch")
-    }
-    batch = Batch(inputs, rows, valid, queries)
-    return batch.to(rows.index.device)
-
-
-def _tokenised(
-    dataset: Any,  # noqa: ANN401  whatever Trainer takes
-    tokenizer: PreTrainedTokenizerBase | None,
-    positions: int | None,
-    reports: list[str],
-    name: str,
-) -> Any:  # noqa: ANN401
-    """`input_ids` and `labels` of a `datasets` object; anything else as it is."""
-    import datasets
-
+    dataset = run.kwargs.get("train_dataset")
     if isinstance(dataset, Mapping):
-        return {
-            key: _tokenised(part, tokenizer, positions, reports, f"{name}[{key}]")
-            for key, part in dataset.items()
-        }
-    if isinstance(dataset, Sized) and len(dataset) == 0:
-        raise InputError(f"{name} is empty")
-    if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
-        return dataset
-    if tokenizer is None and "input_ids" not in (dataset.column_names or ()):
         raise InputError(
-            f"{name} has the columns {dataset.column_names} and no tokenizer is known; give "
-            "processing_class=tokenizer"
+            f"train_dataset is a {type(dataset).__name__} of {sorted(dataset)}; give one of them"
         )
-    known = cast("PreTrainedTokenizerBase", tokenizer)  # not read for rows that are tokens already
-    prepared = prepare(dataset, Data(max_length=None), known, max_positions=positions)
-    reports.append(f"{name}: {prepared.report}")
-    return prepared.train
+    surveyed = binding.survey(run.objectives, run.student, run.teacher.spec)
+    if dataset is None and surveyed != (Request(), Request()):
+        raise InputError(
+            "there is no train_dataset to calibrate on; give one, or write init: random and heads: "
+            "mean or group"
+        )
+    example = first_of(dataset)
+    if example is not None:
+        with torch.random.fork_rng(devices=[]):
+            try:
+                run.collator([_readable(example, args)])
+            except ValueError as error:
+                raise InputError(str(error)) from error
 
 
 def _shift(model: Student, teacher: Teacher) -> bool:

@@ -5,6 +5,7 @@ recipe
 `weight: {linear: {start: 1.0, end: 0.0}}`.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -88,4 +89,6 @@ def describe(weight: float | Schedule) -> str:
     if isinstance(weight, partial):
         arguments = ", ".join(f"{key}={value}" for key, value in weight.keywords.items())
         return f"{weight.func.__name__}({arguments})"
-    return weight.__name__ if callable(weight) else f"{float(weight):g}"
+    if not callable(weight):
+        return f"{float(weight):g}"
+    return weight.__name__ if inspect.isroutine(weight) else repr(weight)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftConfig, get_peft_model
+from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, TrainingArguments
@@ -22,7 +23,7 @@ from llm_distill.students import Student, load_student
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers.trainer_utils import EvalLoopOutput
+    from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
     from llm_distill.teachers import Teacher
 
@@ -45,11 +46,15 @@ class DistillTrainer(StudentTrainer):
         trainer_kwargs: Everything else that Trainer takes; `processing_class` is the student's
             tokenizer by default, `data_collator` one that pads `input_ids` and `labels`.
 
+    Attributes:
+        announces: Whether `train` shows the table of objectives first.
+
     Raises:
         InputError: For anything that cannot work, before weights load.
     """
 
     loss_is_scaled_for_ga = True
+    announces = True
 
     def __init__(
         self,
@@ -92,6 +97,16 @@ class DistillTrainer(StudentTrainer):
     def _ranks(self) -> int:
         """Data-parallel ranks: their gradients are averaged."""
         return int(self.accelerator.num_processes // self.get_tp_size())
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in Trainer; before it starts, rank 0 shows objectives, weights and layer maps."""
+        if self.announces and self.is_world_process_zero():
+            table = binding.describe(self.run.objectives, self.run.terms)
+            Console(stderr=True, highlight=False).print(
+                "\n".join((*self.run.reports, table)), markup=False
+            )
+        output: TrainOutput = super().train(*args, **kwargs)
+        return output
 
     # A step
 

@@ -31,9 +31,7 @@ def objectives() -> list[Any]:
     ]
 
 
-def train(
-    folder: Path, batch: int, accumulation: int, empty: tuple[int, ...], **changes: Any
-) -> Any:
+def train(folder: Path, batch: int, accumulation: int, data: Any) -> Any:
     """Three steps; the trainer."""
     from llm_distill import DistillTrainer
 
@@ -41,15 +39,9 @@ def train(
         folder / "out",
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
-        **changes,
     )
-    trainer = DistillTrainer(
-        tiny.llama("student", tied=changes.pop("tied", False)),
-        tiny.llama("teacher"),
-        objectives(),
-        args,
-        train_dataset=list(tiny.rows(empty=empty)),  # a list: our own preparation drops empty rows
-    )
+    models = tiny.llama("student"), tiny.llama("teacher")
+    trainer = DistillTrainer(*models, objectives(), args, train_dataset=data)
     trainer.train()
     return trainer
 
@@ -71,25 +63,44 @@ def main(engine: str, folder: Path) -> None:
     if engine == "fsdp2":
         fsdp2_on_cpu()
     ranks = 1 if engine == "one" else 2
+    sets = {
+        "full": list(tiny.rows()),
+        "empty": list(tiny.rows(empty=EMPTY)),  # a list: our own preparation drops empty rows
+        "stream": tiny.rows().to_iterable_dataset(),
+    }
     facts: dict[str, Any] = {}
-    for label, empty in (("full", ()), ("empty", EMPTY)):
+    for label, data in sets.items():
         for batch in (8 // ranks, 1):
-            trainer = train(folder, batch, 8 // ranks // batch, empty)
+            trainer = train(folder, batch, 8 // ranks // batch, data)
             facts[f"{label} {ranks}x{batch}x{8 // ranks // batch}"] = whole(trainer)
-            facts["world"] = trainer.args.world_size
-            facts["wrapped"] = type(trainer.model_wrapped).__name__
-            facts["losses"] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-            if engine == "fsdp2":
-                facts["groups"] = _groups(trainer.model)
-                facts["dtensors"] = sum(
-                    hasattr(p, "placements") for p in trainer.model.parameters()
-                )
-                facts["parameters"] = sum(1 for _ in trainer.model.parameters())
+            facts |= _engine(trainer)
+            facts |= _numbers(trainer, f"{label} {batch}")
     if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save(facts, folder / f"{engine}.pt")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def _engine(trainer: Any) -> dict[str, Any]:
+    """What really ran; FSDP's root stays gathered after an evaluation, so this comes before."""
+    facts = {"world": trainer.args.world_size, "wrapped": type(trainer.model_wrapped).__name__}
+    if not trainer.is_fsdp_enabled:
+        return facts
+    parameters = list(trainer.model.parameters())
+    sharded = sum(hasattr(parameter, "placements") for parameter in parameters)
+    groups = _groups(trainer.model)
+    return facts | {"groups": groups, "dtensors": sharded, "parameters": len(parameters)}
+
+
+def _numbers(trainer: Any, label: str) -> dict[str, Any]:
+    """Training logs, and an evaluation of 9 rows, which no number of ranks divides."""
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    logs = [{key: e[key] for key in e if key.startswith("loss")} for e in entries]
+    metrics = trainer.evaluate(eval_dataset=tiny.rows(9))
+    slow = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+    kept = {k: v for k, v in metrics.items() if k.startswith("eval_") and k not in slow}
+    return {f"logs {label}": logs, f"eval {label}": kept}
 
 
 def _groups(model: torch.nn.Module) -> list[str]:

@@ -1,4 +1,4 @@
-"""A tiny student, teacher, tokenizer, data and recipe in a folder, for everything that reads files."""
+"""A tiny student, teacher, tokenizer, data and recipe in a folder, for what reads files."""
 
 import json
 from functools import cache

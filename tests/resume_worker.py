@@ -35,6 +35,8 @@ def build(kind: str, folder: Path, ranks: int) -> Any:
         lr_scheduler_type="linear",
         save_strategy="steps",
         save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
         train_sampling_strategy="random",
     )
     adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if kind == "lora" else None
@@ -44,6 +46,7 @@ def build(kind: str, folder: Path, ranks: int) -> Any:
         objectives(),
         args,
         train_dataset=tiny.rows(),
+        eval_dataset=tiny.rows(5),
         peft_config=adapter,
     )
 

@@ -17,8 +17,12 @@ def queries(*positions: list[int]) -> Queries:
     return Queries(position, used, (position.shape[1],) * len(position), flat)
 
 
-@pytest.mark.parametrize("base", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", sorted(tiny.MODELS))
+BASES = [
+    (f, b) for f in sorted(tiny.MODELS) for b in ("sdpa", "eager") if (f, b) != ("gemma2", "sdpa")
+]
+
+
+@pytest.mark.parametrize(("family", "base"), BASES)
 def test_outputs_stay_bit_equal(family: str, base: str) -> None:
     model = tiny.MODELS[family]()
     model.set_attn_implementation(base)

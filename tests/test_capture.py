@@ -15,7 +15,7 @@ from llm_distill.rows import Batch, RowCollator
 from llm_distill.signals import Dense, ModelSpec, Request
 from tests import tiny
 
-FAMILIES = ["llama", "qwen3", "gpt2", "gemma3", "bert"]
+FAMILIES = ["llama", "qwen3", "gpt2", "gemma2", "gemma3", "bert"]
 CAUSAL = FAMILIES[:-1]
 
 

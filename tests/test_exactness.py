@@ -14,6 +14,7 @@ from tests.exactness_worker import EMPTY
 from tests.launch import launch
 
 BOUND = 3e-7
+NAMES = ("CrossEntropy", "Logits", "HiddenStates", "AttentionMaps")
 
 pytestmark = pytest.mark.distributed
 
@@ -32,21 +33,37 @@ def deviation(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
-@pytest.mark.parametrize("label", ["full", "empty"])
+@pytest.mark.parametrize("label", ["full", "empty", "stream"])
 @pytest.mark.parametrize(
     ("engine", "splitting"),
     [("one", "1x1x8"), ("ddp", "2x4x1"), ("ddp", "2x1x4"), ("fsdp2", "2x4x1"), ("fsdp2", "2x1x4")],
 )
 def test_splittings_agree(results: dict[str, Any], engine: str, splitting: str, label: str) -> None:
-    """Ranks x micro-batch x accumulation against 1 x 8 x 1."""
-    reference = results["one"][f"{label} 1x8x1"]
+    """Ranks x micro-batch x accumulation against 1 x 8 x 1; a stream against the same rows."""
+    reference = results["one"][f"{label} 1x8x1".replace("stream", "full")]
     worst = deviation(reference, results[engine][f"{label} {splitting}"])
     assert worst <= BOUND, worst
 
 
-@pytest.mark.parametrize("engine", ["one", "ddp", "fsdp2"])
-def test_losses_are_those_of_one_process(results: dict[str, Any], engine: str) -> None:
-    assert results[engine]["losses"] == pytest.approx(results["one"]["losses"], rel=1e-5)
+@pytest.mark.parametrize(("engine", "batch"), [("one", 1), ("ddp", 4), ("ddp", 1), ("fsdp2", 4)])
+@pytest.mark.parametrize("label", ["full", "empty"])
+def test_logs_are_those_of_one_process(
+    results: dict[str, Any], label: str, engine: str, batch: int
+) -> None:
+    """The loss, and each objective without its weight, over all micro-batches and ranks."""
+    reference = results["one"][f"logs {label} 8"]
+    assert len(reference) == 3
+    for ours, expected in zip(results[engine][f"logs {label} {batch}"], reference, strict=True):
+        assert set(expected) == {"loss", *(f"loss/{name}" for name in NAMES)}
+        assert ours == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_evaluation_counts_every_row_once(results: dict[str, Any], engine: str) -> None:
+    """9 rows on 2 ranks: Accelerate repeats some to even out the ranks, and they do not count."""
+    for key, expected in results["one"]["eval full 8"].items():
+        for batch in (4, 1):
+            assert results[engine][f"eval full {batch}"][key] == pytest.approx(expected, rel=1e-5)
 
 
 def test_training_moved_the_weights(results: dict[str, Any]) -> None:

@@ -84,6 +84,19 @@ def test_three_lines(tmp_path: Path) -> None:
     )
 
 
+def test_layer_maps_are_shown_before_training(tmp_path: Path, capsys: Any) -> None:
+    trainer = build(tmp_path)
+    trainer.train()
+    shown = capsys.readouterr().err
+    assert "AttentionMaps: weight 1 · map_kl, heads mean, 5 valid rows" in shown
+    assert "2 | 4 of 4" in shown
+    assert "train_dataset: 32 examples: 0 truncated" in shown
+    quiet = build(tmp_path)
+    quiet.announces = False
+    quiet.train()
+    assert "of 4" not in capsys.readouterr().err
+
+
 def test_evaluation_is_the_naive_one(tmp_path: Path) -> None:
     """Token means over the whole set, from dense logits in float64."""
     rows = tiny.rows(13)

@@ -12,6 +12,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -101,6 +103,26 @@ def gemma3(*, depth: int = 4, width: int = 32, softcap: float | None = None) -> 
     return sharpened(Gemma3ForCausalLM, config)
 
 
+def gemma2(*, depth: int = 2, width: int = 32) -> Gemma2ForCausalLM:
+    """Soft caps on scores and logits, and so eager attention, and a sliding window."""
+    config = Gemma2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=depth,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=8,
+        max_position_embeddings=POSITIONS,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=5.0,
+        attn_implementation="eager",
+        pad_token_id=0,
+    )
+    return sharpened(Gemma2ForCausalLM, config)
+
+
 def bert(*, depth: int = 3, width: int = 32) -> BertForMaskedLM:
     """An encoder with a masked-language-model head; dropout off."""
     config = BertConfig(
@@ -120,6 +142,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: llama("teacher"),
     "qwen3": qwen3,
     "gpt2": gpt2,
+    "gemma2": gemma2,
     "gemma3": gemma3,
 }
 

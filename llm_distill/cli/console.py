@@ -69,5 +69,5 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _cell(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value or "-")
+def _cell(value: object) -> Text:
+    return Text(f"{value:,}" if isinstance(value, int) else str(value or "-"))

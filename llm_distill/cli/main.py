@@ -111,7 +111,8 @@ def _reading_recipes(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         action="append",
         default=[],
         metavar="package.module",
-        help="let the recipe name functions and classes of this module or package: its code runs",
+        help="let the recipe name code of this module or package; or the id of a model whose "
+        "repository brings its own code",
     )
     return _described(parser)
 

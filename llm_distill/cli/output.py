@@ -1,17 +1,13 @@
 """The output folder: refused, cleared, resumed from, and signed."""
 
 import json
-import platform
 import re
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 
-from llm_distill import __version__
 from llm_distill.errors import InputError
+from llm_distill.publishing import versions
 from llm_distill.recipe import Recipe
-
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft")
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _UNFINISHED = "checkpoint-is-incomplete.txt"
@@ -55,12 +51,6 @@ def sign(folder: Path, recipe: Recipe) -> None:
     (folder / "recipe.yaml").write_text(recipe.resolved(), encoding="utf-8")
     text = json.dumps(versions(), indent=2) + "\n"
     (folder / "versions.json").write_text(text, encoding="utf-8")
-
-
-def versions() -> dict[str, str]:
-    """What the numbers of a run may depend on."""
-    found = {name: version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), **found, "llm_distill": __version__}
 
 
 def _newest(folder: Path) -> Path:

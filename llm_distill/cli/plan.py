@@ -68,8 +68,8 @@ def _check_evaluation(recipe: Recipe, args: TrainingArguments) -> None:
     """Refuse what Trainer would refuse after the weights are loaded."""
     if args.eval_strategy != "no" and recipe.data.eval is None:
         raise InputError(
-            f"training.eval_strategy is {recipe.training['eval_strategy']}, but there is nothing to "
-            "evaluate on; write data: {eval: 0.05}, or a split or a path"
+            f"training.eval_strategy is {recipe.training['eval_strategy']}, but there is nothing "
+            "to evaluate on; write data: {eval: 0.05}, or a split or a path"
         )
     if recipe.data.streaming and args.max_steps <= 0:
         raise InputError(

@@ -7,6 +7,7 @@ import datasets
 from transformers import TrainingArguments
 
 from llm_distill import data
+from llm_distill.card import DataFacts, origin_of
 from llm_distill.cli.console import Screen
 from llm_distill.cli.output import clear, sign, start_from
 from llm_distill.cli.plan import Plan, plan
@@ -62,7 +63,7 @@ def _trainer(
 ) -> DistillTrainer:
     """Load the weights."""
     try:
-        return DistillTrainer(
+        trainer = DistillTrainer(
             recipe.student,
             recipe.teacher,
             recipe.objectives,
@@ -71,11 +72,22 @@ def _trainer(
             train_dataset=prepared.train,
             eval_dataset=prepared.eval,
             processing_class=planned.tokenizer,
+            # Given, so that the data is not tokenised a second time.
+            data_collator=data.Collator.of(planned.tokenizer),
         )
     except InputError:
         raise
     except ValueError as error:
         raise InputError(str(error)) from error
+    trainer.announces = False  # the tables are ours
+    trainer.data = _described(recipe.data)
+    return trainer
+
+
+def _described(source: data.Data) -> DataFacts:
+    """The training data, as the model card tells it."""
+    name = source.path or ""
+    return DataFacts(name=name, origin=origin_of(name), part=f"split {source.split}")
 
 
 def _finish(trainer: DistillTrainer, prepared: Prepared, screen: Screen) -> dict[str, float]:
@@ -89,6 +101,8 @@ def _finish(trainer: DistillTrainer, prepared: Prepared, screen: Screen) -> dict
         trainer.save_metrics("eval", metrics, combined=False)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
+    else:
+        trainer.create_model_card()
     if metrics:
         screen.figures(metrics)
     screen.say(f"The student is in {trainer.args.output_dir}")

@@ -182,6 +182,29 @@ def named(objectives: Sequence[Objective]) -> dict[str, Objective]:
     return result
 
 
+def check_choice(what: str, value: str, allowed: Sequence[str]) -> None:
+    """Refuse a word that is not in the list.
+
+    Raises:
+        ValueError: With the list.
+    """
+    if value not in allowed:
+        raise ValueError(f"{what} is {value!r}; write one of {', '.join(allowed)}")
+
+
+def check_evidence(rows: int, owner: str) -> None:
+    """Refuse a calibration batch that says nothing.
+
+    Raises:
+        ValueError: If it has no rows.
+    """
+    if not rows:
+        raise ValueError(
+            f"{owner}: the first examples of the training data have no row to calibrate on; "
+            "shuffle the data, or write rows: valid"
+        )
+
+
 def check_row_function(function: Callable[..., Any], shape: tuple[int, ...], owner: str) -> None:
     """Refuse a loss that does not return one value per row, tried on two small tensors.
 

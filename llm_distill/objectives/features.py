@@ -18,7 +18,15 @@ from llm_distill.capture import refuse_layers
 from llm_distill.layers import LayerMap, LayerStrategy, uniform
 from llm_distill.losses.attention import map_kl
 from llm_distill.losses.features import mse
-from llm_distill.objectives.base import Evidence, Objective, QueryPlan, Term, check_row_function
+from llm_distill.objectives.base import (
+    Evidence,
+    Objective,
+    QueryPlan,
+    Term,
+    check_choice,
+    check_evidence,
+    check_row_function,
+)
 from llm_distill.objectives.logits import describe_function
 from llm_distill.rows import Batch, Queries, RowKind, Step
 from llm_distill.signals import Heads, ModelSpec, Request, Signals
@@ -59,9 +67,9 @@ class HiddenStates(Objective):
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
         super().__post_init__()
-        _one_of("HiddenStates: init", self.init, ("random", "least_squares"))
-        _one_of("HiddenStates: normalize", self.normalize, ("none", "layer", "l2"))
-        _one_of("HiddenStates: rows", self.rows, ("supervised", "valid"))
+        check_choice("HiddenStates: init", self.init, ("random", "least_squares"))
+        check_choice("HiddenStates: normalize", self.normalize, ("none", "layer", "l2"))
+        check_choice("HiddenStates: rows", self.rows, ("supervised", "valid"))
         check_row_function(self.loss, (2, 3), "HiddenStates")
 
     def survey(self, student: ModelSpec, teacher: ModelSpec) -> tuple[Request, Request]:
@@ -120,21 +128,21 @@ class HiddenStatesTerm(Term):
 
     def fit(self, evidence: Evidence | None) -> None:
         """Start every linear projector at its least-squares optimum."""
+        linear = [p for p in self.projectors if isinstance(p, nn.Linear) and p.bias is not None]
+        if len(linear) < len(self.projectors):
+            raise ValueError(
+                "HiddenStates: init least_squares needs linear projectors; write projector: linear"
+            )
         if evidence is None:
             self.notes = (*self.notes, "projectors: least squares, decided at calibration")
             return
         rows = evidence.batch.rows(self.rows)
-        for (s, t), projector in zip(self.mapping.pairs, self.projectors, strict=True):
-            if not isinstance(projector, nn.Linear):
-                raise ValueError(
-                    "HiddenStates: init least_squares needs linear projectors; write projector: "
-                    "linear"
-                )
+        check_evidence(len(rows), "HiddenStates")
+        for (s, t), projector in zip(self.mapping.pairs, linear, strict=True):
             target = self._normal(_wide(evidence.teacher.hidden(t, rows)))
             left = projectors.fit_least_squares(projector, evidence.student.hidden(s, rows), target)
             fit = f"least squares on {len(rows)} tokens leaves {left:.1%} of the variance"
-            note = f"projector {s} -> {t}: {fit}"
-            self.notes = (*self.notes, note)
+            self.notes = (*self.notes, f"projector {s} -> {t}: {fit}")
 
     def _normal(self, states: Tensor) -> Tensor:
         """Per-token normalisation: `[N, D] -> [N, D]`."""
@@ -169,7 +177,7 @@ class AttentionMaps(Objective):
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
         super().__post_init__()
-        _one_of("AttentionMaps: rows", self.rows, ("supervised", "valid"))
+        check_choice("AttentionMaps: rows", self.rows, ("supervised", "valid"))
         if self.queries is not None and self.queries < 1:
             raise ValueError(
                 f"AttentionMaps: queries is {self.queries}; write a number >= 1, or null for all "
@@ -247,12 +255,10 @@ class AttentionMapsTerm(Term):
             self.notes = (*self.notes, "heads: matched, decided at calibration")
             return
         queries = cast("Queries", evidence.batch.queries)
+        check_evidence(len(queries), "AttentionMaps")
         for pair, (s, t) in enumerate(self.mapping.pairs):
-            ours, theirs = (
-                evidence.student.heads(s).maps(queries),
-                evidence.teacher.heads(t).maps(queries),
-            )
-            chosen = head_rules.best_match(ours, theirs)
+            ours, theirs = evidence.student.heads(s), evidence.teacher.heads(t)
+            chosen = head_rules.best_match(ours.maps(queries), theirs.maps(queries))
             cast("Tensor", self.assignment)[pair] = chosen
             self.notes = (*self.notes, f"heads of {s} -> heads of {t}: {chosen.tolist()}")
 
@@ -291,9 +297,3 @@ def _projected(projector: nn.Module, states: Tensor) -> Tensor:
 def _wide(states: Tensor) -> Tensor:
     """fp32, or float64 where it was."""
     return states if states.dtype == torch.float64 else states.float()
-
-
-def _one_of(what: str, value: str, allowed: Sequence[str]) -> None:
-    """Refuse a word that is not in the list."""
-    if value not in allowed:
-        raise ValueError(f"{what} is {value!r}; write one of {', '.join(allowed)}")

@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_distill.losses.divergences import FLOOR, forward_kl
-from llm_distill.objectives.base import Evidence, HeadTerm, Objective, check_row_function
+from llm_distill.objectives.base import (
+    Evidence,
+    HeadTerm,
+    Objective,
+    check_choice,
+    check_row_function,
+)
 
 if TYPE_CHECKING:
     from llm_distill.signals import ModelSpec
@@ -62,8 +68,7 @@ class Logits(Objective):
             raise ValueError(
                 f"Logits: temperature is {self.temperature}; it must be a finite number > 0"
             )
-        if self.scaling not in ("none", "T", "T2"):
-            raise ValueError(f"Logits: scaling is {self.scaling!r}; write one of none, T, T2")
+        check_choice("Logits: scaling", self.scaling, ("none", "T", "T2"))
         check_row_function(self.loss, (2, 3), "Logits")
 
     def build(

@@ -33,6 +33,9 @@ ELSEWHERE = {
 }
 """Fields of TrainingArguments that a recipe does not take, and what to do instead."""
 
+RUNS_CODE = ("auto_mapping", "megatron_config", "megatron_core")
+"""Fields of LoraConfig that name modules to import."""
+
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 _TEACHES = {"config", "spec", "find_tokenizer", "open"}
 
@@ -222,7 +225,29 @@ def _model(
     found = make.find(name, place)
     if not (isinstance(found, type) and is_spec(found) and fits(found)):
         raise InputError(f"{place}: {name!r} is no {place}; write {instead}")
-    return make.spec(found, arguments, place, place.key(name))
+    spec = make.spec(found, arguments, place, place.key(name))
+    _refuse_code(spec, place.key(name), make)
+    return spec
+
+
+def _refuse_code(spec: Any, here: Place, make: Components) -> None:  # noqa: ANN401  a spec
+    """Refuse code from the Hub that the user did not allow."""
+    from llm_distill.students import FromConfig
+    from llm_distill.teachers import Local
+
+    given = spec.config if isinstance(spec, FromConfig) else vars(spec)
+    for key in ("attn_implementation", "_attn_implementation"):
+        kernel = str(given.get(key) or "")
+        if "/" in kernel and kernel not in make.allowed:
+            raise InputError(
+                f"{here}.{key}: {kernel!r} is a kernel from the Hub, which is code; if you trust "
+                f"it, run with --allow-code {kernel}"
+            )
+    if isinstance(spec, Local) and spec.trust_remote_code and spec.model not in make.allowed:
+        raise InputError(
+            f"{here}.trust_remote_code: code from the repository of {spec.model} would run; if you "
+            f"trust it, run with --allow-code {spec.model}"
+        )
 
 
 def _objectives(value: Any, make: Components) -> tuple[Objective, ...]:  # noqa: ANN401  any YAML
@@ -258,4 +283,7 @@ def _peft(section: Mapping[str, Any], make: Components) -> Mapping[str, Any]:
     """Fields of LoraConfig."""
     from peft import LoraConfig
 
+    for name in RUNS_CODE:
+        if name in section:
+            raise InputError(f"peft.{name}: it names code to import; recipes do not take it")
     return make.fields(LoraConfig, section, Place("peft"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 import sysconfig
+import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,21 @@ LEAST_CHARACTERS = 150_000  # Less than the language reference alone: something 
 
 _FOREIGN = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
 _CODE = ("::", ">>>", " = ", "==", "->", ":param", "@", "__(", "{", "\\")
-_MARKER = re.compile(r"(?:[*+-]|\(?\d+[.)])\s+")
+_MARKER = re.compile(r"^(?:[*+-]|\(?\d+[.)])\s+")
 _EMPHASIS = re.compile(r"(?<![\w*])(\*{1,2}|`{1,2})([^*`]+?)\1(?![\w*])")
 _SENTENCES = re.compile(r"[\"'(]*[A-Z].*[.!?][\"')]*")
-_PLAIN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "—": "-", "–": "-", "…": "..."})
+# Typographic quotes, dashes and the ellipsis, as the docstrings write them.
+_PLAIN = str.maketrans(
+    {
+        "\u201c": '"',
+        "\u201d": '"',
+        "\u2018": "'",
+        "\u2019": "'",
+        "\u2013": "-",
+        "\u2014": "-",
+        "\u2026": "...",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -42,14 +54,12 @@ class Corpus:
     train: str
     held_out: str
 
-    def write(self, folder: Path) -> tuple[Path, Path]:
-        """Write `train.txt` and `eval.txt`; files that hold the same already stay as they are."""
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = folder / "train.txt", folder / "eval.txt"
-        for path, text in zip(paths, (self.train, self.held_out), strict=True):
+    def write(self, train: Path, held_out: Path) -> None:
+        """Write both; a file that holds the same already stays as it is."""
+        for path, text in ((train, self.train), (held_out, self.held_out)):
+            path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists() or path.read_text(encoding="utf-8") != text:
                 path.write_text(text, encoding="utf-8")
-        return paths
 
 
 def read_corpus() -> Corpus:
@@ -90,13 +100,13 @@ def library_docstrings(root: Path) -> Documents:
 
 
 def prose(text: str) -> Iterator[str]:
-    """Paragraphs of whole sentences, one line each.
+    r"""Paragraphs of whole sentences, one line each.
 
-    >>> list(prose("Title\\n=====\\n\\nThe first line\\n   goes *on* and on here.\\n\\n   >>> x = 1"))
-    ['The first line goes on and on here.']
+    >>> list(prose("Title\n=====\n\nOne line\n   goes *on* and on here.\n\n   >>> x = 1"))
+    ['One line goes on and on here.']
     """
     for block in re.split(r"\n\s*\n", text.expandtabs().translate(_PLAIN)):
-        line = _MARKER.sub("", " ".join(block.split()), count=1)
+        line = _MARKER.sub("", " ".join(block.split()))
         line = _EMPHASIS.sub(r"\2", line)
         if _is_prose(line):
             yield line
@@ -122,7 +132,9 @@ def split(documents: Mapping[str, Iterable[str]]) -> Corpus:
 
 def _docstrings(path: Path) -> Iterator[str]:
     try:
-        tree = ast.parse(path.read_bytes())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Old modules have escapes that Python now dislikes.
+            tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):  # Templates and broken files are no loss.
         return
     for node in ast.walk(tree):

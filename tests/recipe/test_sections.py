@@ -31,10 +31,10 @@ class TestSections:
     def test_specs(self) -> None:
         made = recipe(
             student={"FromConfig": {"architecture": "llama", "config": {"hidden_size": 32}}},
-            teacher={"Local": {"model": "t", "dtype": "bfloat16", "trust_remote_code": True}},
+            teacher={"Local": {"model": "t", "dtype": "bfloat16", "tokenizer": "other"}},
         )
         assert made.student == FromConfig("llama", {"hidden_size": 32})
-        assert made.teacher == Local("t", dtype="bfloat16", trust_remote_code=True)
+        assert made.teacher == Local("t", dtype="bfloat16", tokenizer="other")
 
     def test_training_is_checked_by_the_hints_of_transformers(self) -> None:
         made = recipe(
@@ -67,6 +67,10 @@ class TestSections:
             ({"teacher": {"Local": {"model": "x", "dtyp": "auto"}}}, "Local has no 'dtyp'; did you mean 'dtype'"),
             ({"teacher": "my.teachers:Remote"}, "teacher: .* --allow-code my.teachers"),
             ({"student": {"subprocess:Popen": {"args": "true"}}}, "student: .* --allow-code subprocess"),
+            ({"teacher": {"Local": {"model": "x/y", "trust_remote_code": True}}}, r"teacher\.Local\.trust_remote_code: code from the repository of x/y .* --allow-code x/y"),
+            ({"student": {"Local": {"model": "x/y", "attn_implementation": "a/kernel"}}}, "'a/kernel' is a kernel from the Hub, .* --allow-code a/kernel"),
+            ({"student": {"FromConfig": {"architecture": "llama", "config": {"_attn_implementation": "a/kernel"}}}}, "is a kernel from the Hub"),
+            ({"peft": {"megatron_core": "os"}}, r"peft\.megatron_core: it names code"),
             ({"data": "file.txt"}, r"data: 'file.txt' is no mapping; write data: \{path: …\}"),
             ({"data": {"pth": "x"}}, "data: Data has no 'pth'; did you mean 'path'"),
             ({"data": {"path": "x", "max_length": 1}}, r"data\.max_length: 1 is less than 2"),
@@ -106,6 +110,12 @@ class TestSections:
     def test_a_token_in_a_list_is_refused(self) -> None:
         with pytest.raises(InputError, match=r"objectives\.0\.Logits\.name: this looks"):
             recipe(objectives=[{"Logits": {"name": "hf_" + "x" * 20}}])
+
+
+def test_code_from_the_hub_is_allowed_by_the_name_of_its_repository() -> None:
+    teacher = {"Local": {"model": "x/y", "trust_remote_code": True}}
+    made = Recipe.of({**CONTENT, "teacher": teacher}, allow_code=["x/y"])
+    assert made.teacher == Local("x/y", trust_remote_code=True)
 
 
 class TestLoad:

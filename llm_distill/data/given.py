@@ -1,0 +1,73 @@
+"""Datasets that are in memory already, as Trainer takes them."""
+
+from collections.abc import Mapping, Sequence, Sized
+from typing import Any, cast
+
+from datasets import Dataset, IterableDataset
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import IterableDataset as TorchStream
+from transformers import PreTrainedTokenizerBase
+
+from llm_distill.data.pipeline import prepare
+from llm_distill.data.spec import Data
+from llm_distill.errors import InputError
+
+
+def first_of(dataset: object) -> Any | None:  # noqa: ANN401  an example is what the collator takes
+    """The first example of a dataset that has places; None for a stream, which would lose it."""
+    if isinstance(dataset, TorchStream) or not isinstance(
+        dataset, Dataset | TorchDataset | Sequence
+    ):
+        return None
+    return dataset[0]
+
+
+def tokenised(
+    dataset: Any,  # noqa: ANN401  whatever Trainer takes
+    tokenizer: PreTrainedTokenizerBase | None,
+    positions: int | None,
+    reports: list[str],
+    name: str,
+    *,
+    keep_tokens: bool = False,
+) -> Any:  # noqa: ANN401
+    """`input_ids` and `labels` of a `datasets` object; anything else as it is.
+
+    Args:
+        dataset: One, or several under names.
+        tokenizer: The student's.
+        positions: Tokens that a sequence may have.
+        reports: What became of the rows is added here.
+        name: For messages.
+        keep_tokens: Rows that have tokens stay as they are, for a collator of the user's own.
+
+    Raises:
+        InputError: If it is empty, in no accepted format, or needs a tokenizer that is not known.
+    """
+    if isinstance(dataset, Mapping):
+        return {
+            key: tokenised(
+                part, tokenizer, positions, reports, f"{name}[{key}]", keep_tokens=keep_tokens
+            )
+            for key, part in dataset.items()
+        }
+    if isinstance(dataset, Sized) and len(dataset) == 0:
+        raise InputError(f"{name} is empty")
+    has_tokens = "input_ids" in _columns(dataset)
+    if not isinstance(dataset, Dataset | IterableDataset) or (keep_tokens and has_tokens):
+        return dataset
+    if tokenizer is None and not has_tokens:
+        raise InputError(
+            f"{name} has the columns {dataset.column_names} and no tokenizer is known; give "
+            "processing_class=tokenizer"
+        )
+    known = cast("PreTrainedTokenizerBase", tokenizer)  # not read for rows that are tokens already
+    prepared = prepare(dataset, Data(max_length=None), known, max_positions=positions)
+    reports.append(f"{name}: {prepared.report}")
+    return prepared.train
+
+
+def _columns(dataset: object) -> Sequence[str]:
+    """The columns of a `datasets` object, where it knows them."""
+    known = dataset.column_names if isinstance(dataset, Dataset | IterableDataset) else None
+    return known or ()

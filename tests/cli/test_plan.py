@@ -1,0 +1,48 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_distill.cli.plan import plan
+from llm_distill.errors import InputError
+from llm_distill.recipe import Recipe
+
+
+def planned(content: dict[str, Any]) -> Any:
+    recipe = Recipe.of(content)
+    return plan(recipe, recipe.arguments())
+
+
+def test_what_a_recipe_comes_to(content: dict[str, Any], models: Path) -> None:
+    made = planned(content)
+    assert (made.student.depth, made.teacher.depth) == (2, 4)
+    assert list(made.terms) == ["CrossEntropy", "Logits"]
+    assert made.tokenizer.name_or_path == str(models / "student")
+    assert made.positions == 64
+    assert made.causal
+
+
+def test_a_student_with_random_weights_has_the_teachers_tokenizer(
+    content: dict[str, Any], models: Path
+) -> None:
+    content["student"] = {
+        "FromConfig": {"architecture": "gpt2", "config": {"n_layer": 1, "n_positions": 40}}
+    }
+    made = planned(content)
+    assert (made.student.kind, made.student.depth, made.student.vocabulary) == ("gpt2", 1, 300)
+    assert made.tokenizer.name_or_path == str(models / "teacher")
+    assert made.positions == 40
+
+
+def test_an_evaluation_needs_data(content: dict[str, Any]) -> None:
+    del content["data"]["eval"]
+    content["training"]["eval_strategy"] = "epoch"
+    with pytest.raises(InputError, match=r"eval_strategy is epoch, .* write data: \{eval: 0.05\}"):
+        planned(content)
+
+
+def test_a_stream_needs_a_number_of_steps(content: dict[str, Any]) -> None:
+    content["data"] = {"path": content["data"]["path"], "streaming": True}
+    content["training"]["max_steps"] = -1
+    with pytest.raises(InputError, match="a stream has no known length"):
+        planned(content)

@@ -1,0 +1,205 @@
+"""`Local`: found, loaded, frozen, and asked only for what is asked."""
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer, LlamaModel, PreTrainedModel
+
+from llm_distill import Local
+from llm_distill.binding import make_batch
+from llm_distill.data import Collator
+from llm_distill.errors import InputError
+from llm_distill.objectives import QueryPlan
+from llm_distill.rows import Batch, RowCollator
+from llm_distill.signals import Dense, Factored, Request
+from llm_distill.teachers.local import LocalSource, moved
+from tests import on_disk, tiny
+
+CPU = torch.device("cpu")
+ALL = Request(logits=True, hidden=frozenset({0, 2, 4}), heads=frozenset({1, 4}))
+
+
+def batch() -> Batch:
+    collate = RowCollator(Collator(pad_token_id=0), shift=True, valid=True)
+    examples = [tiny.rows()[k] for k in range(3)]
+    return make_batch(collate(examples), QueryPlan(4, "valid"), seed=0, epoch=0)
+
+
+class TestSpec:
+    def test_a_name(self, tmp_path: Path) -> None:
+        path = on_disk.save_model(tmp_path, "teacher")
+        spec = Local(str(path)).spec
+        assert (spec.depth, spec.width, spec.heads, spec.name) == (4, 64, 8, str(path))
+        assert (spec.vocabulary, spec.positions) == (on_disk.VOCABULARY, tiny.POSITIONS)
+
+    def test_a_loaded_model(self, teacher: PreTrainedModel) -> None:
+        assert Local(teacher).spec.name == "LlamaForCausalLM"
+        assert Local(teacher).config is teacher.config
+
+    def test_a_path_object_is_a_path(self, tmp_path: Path) -> None:
+        given: Any = on_disk.save_model(tmp_path, "teacher")
+        assert Local(given).model == str(given)
+
+    @pytest.mark.parametrize("given", [None, 3, torch.nn.Linear(2, 2)])
+    def test_what_is_no_model_is_refused(self, given: Any) -> None:
+        with pytest.raises(InputError, match="is no model; give a Hub id, a path, or a loaded"):
+            Local(given)
+
+    def test_dtypes(self) -> None:
+        given: Any = torch.bfloat16
+        assert Local("an/id", dtype=given).dtype == "bfloat16"
+        with pytest.raises(InputError, match="Local: dtype is 'half'; write one of auto, float32"):
+            Local("an/id", dtype="half")
+
+
+class TestTokenizer:
+    def test_it_lies_beside_the_model(self, tmp_path: Path) -> None:
+        path = on_disk.save_model(tmp_path, "teacher")
+        found = Local(str(path)).find_tokenizer()
+        assert found is not None
+        assert found.get_vocab() == on_disk.tokenizer().get_vocab()
+
+    def test_one_that_is_given_wins(self, tmp_path: Path) -> None:
+        path = on_disk.save_model(tmp_path / "model", "teacher")
+        given = on_disk.tokenizer()
+        assert Local(str(path), tokenizer=given).find_tokenizer() is given
+        on_disk.tokenizer("zebras graze").save_pretrained(tmp_path / "tokenizer")
+        named = Local(str(path), tokenizer=str(tmp_path / "tokenizer")).find_tokenizer()
+        assert named is not None
+        assert named.get_vocab() != given.get_vocab()
+
+    def test_one_that_is_named_and_not_there_is_refused(self, teacher: PreTrainedModel) -> None:
+        with pytest.raises(InputError, match=r"tokenizer '\./nowhere' of LlamaForCausalLM cannot be"):
+            Local(teacher, tokenizer="./nowhere").find_tokenizer()
+
+    def test_revision_and_trust_are_the_models_alone(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = str(on_disk.save_model(tmp_path / "model", "teacher"))
+        other = str(tmp_path / "other")
+        on_disk.tokenizer().save_pretrained(other)
+        seen: dict[str, tuple[Any, Any]] = {}
+
+        def record(name: str, **options: Any) -> Any:
+            seen[name] = options["revision"], options["trust_remote_code"]
+            return on_disk.tokenizer()
+
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", record)
+        for tokenizer in (None, other):
+            spec = Local(path, tokenizer=tokenizer, revision="v1", trust_remote_code=True)
+            spec.find_tokenizer()
+        assert seen == {path: ("v1", True), other: (None, False)}
+
+
+class TestLoad:
+    def test_a_teacher_keeps_its_dtype_unless_told(self, tmp_path: Path) -> None:
+        tiny.llama("teacher").bfloat16().save_pretrained(tmp_path)
+        assert Local(str(tmp_path)).load().dtype is torch.bfloat16
+        assert Local(str(tmp_path), dtype="float32").load().dtype is torch.float32
+
+    def test_without_logits_there_is_no_head(self, tmp_path: Path) -> None:
+        tiny.llama("teacher").save_pretrained(tmp_path)
+        model = Local(str(tmp_path)).load(Request(hidden=frozenset({4})))
+        assert isinstance(model, LlamaModel)
+
+    def test_options_are_handed_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        tiny.llama("teacher").save_pretrained(tmp_path)
+        seen: dict[str, Any] = {}
+
+        def record(name: str, **options: Any) -> PreTrainedModel:
+            seen.update(options, name=name)
+            return tiny.llama("teacher")
+
+        monkeypatch.setattr(AutoModel, "from_pretrained", record)
+        Local(str(tmp_path), revision="v2", device_map="auto", attn_implementation="eager").load(
+            Request(hidden=frozenset({4}))
+        )
+        expected = {
+            "revision": "v2",
+            "trust_remote_code": False,
+            "device_map": "auto",
+            "attn_implementation": "eager",
+        }
+        assert {key: seen[key] for key in expected} == expected
+
+    def test_the_attention_that_was_asked_for(self, tmp_path: Path) -> None:
+        tiny.llama("teacher").save_pretrained(tmp_path)
+        model = Local(str(tmp_path), attn_implementation="eager").load()
+        assert model.config._attn_implementation == "eager"
+
+
+class TestOpen:
+    def test_it_is_frozen_and_in_evaluation_mode(self, teacher: PreTrainedModel) -> None:
+        teacher.train()
+        source = Local(teacher).open(ALL, CPU)
+        assert not teacher.training
+        assert not any(p.requires_grad for p in teacher.parameters())
+        signals = source(batch())
+        assert not signals.states[2].requires_grad
+        assert not signals.logits.logits(slice(None)).requires_grad
+
+    def test_its_signals_are_the_models_own(self, teacher: PreTrainedModel) -> None:
+        given = batch()
+        signals = Local(teacher).open(ALL, CPU)(given)
+        with torch.no_grad():
+            expected = teacher(**given.inputs, output_hidden_states=True)
+        rows = given.supervised
+        logits = expected.logits.flatten(0, 1)[rows.index]
+        assert torch.allclose(signals.logits.logits(slice(None)), logits, atol=1e-5)
+        for layer in ALL.hidden:
+            state = expected.hidden_states[layer].flatten(0, 1)[rows.index]
+            assert torch.equal(signals.hidden(layer, rows), state)
+        assert set(signals.attention) == ALL.heads
+
+    def test_named_and_loaded_agree(self, tmp_path: Path, teacher: PreTrainedModel) -> None:
+        teacher.save_pretrained(tmp_path)
+        given = batch()
+        named = Local(str(tmp_path)).open(ALL, CPU)(given).logits.logits(slice(None))
+        assert torch.equal(named, Local(teacher).open(ALL, CPU)(given).logits.logits(slice(None)))
+
+    def test_a_device_map_with_several_processes_is_refused(
+        self, teacher: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(InputError, match="device_map='auto' with several processes"):
+            Local(teacher, device_map="auto").open(ALL, CPU)
+
+    def test_a_layer_that_is_not_there_is_refused(self, teacher: PreTrainedModel) -> None:
+        with pytest.raises(ValueError, match=r"teacher LlamaForCausalLM: hidden state 5 is out of"):
+            Local(teacher).open(Request(hidden=frozenset({5})), CPU)
+
+    def test_closing_lets_the_weights_go(self, tmp_path: Path) -> None:
+        tiny.llama("teacher").save_pretrained(tmp_path)
+        source: LocalSource = Local(str(tmp_path)).open(ALL, CPU)
+        assert source.model is not None
+        weights = weakref.ref(source.model)
+        source.close()
+        source.close()
+        gc.collect()
+        assert weights() is None
+        with pytest.raises(RuntimeError, match="this teacher was closed"):
+            source(batch())
+
+
+class TestMoved:
+    def test_everything_moves(self, teacher: PreTrainedModel) -> None:
+        signals = Local(teacher).open(ALL, CPU)(batch())
+        there = moved(signals, torch.device("meta"))
+        assert isinstance(there.logits, Factored)
+        tensors = [there.logits.hidden, there.logits.head.weight, *there.states.values()]
+        for heads in there.attention.values():
+            tensors += [heads.query, heads.key]
+        assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+    def test_dense_logits_move_and_none_stays(self, teacher: PreTrainedModel) -> None:
+        signals = Local(teacher).open(Request(hidden=frozenset({1})), CPU)(batch())
+        assert moved(signals, CPU).distribution is None
+        assert moved(signals, CPU).states[1] is signals.states[1]
+        dense = type(signals)("t", Dense(torch.ones(2, 3)))
+        there = moved(dense, torch.device("meta")).logits
+        assert isinstance(there, Dense)
+        assert there.values.device.type == "meta"

@@ -1,0 +1,106 @@
+"""What reaches the Hub, through the real client: a plain student, its tokenizer, its card."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from llm_distill import CrossEntropy, FromConfig, HiddenStates, Logits
+from llm_distill.publishing import layer_maps, model_facts, name_of, objective_facts, versions
+from llm_distill.signals import ModelSpec
+from tests import tiny
+from tests.hub_server import TOKEN, LocalHub, hub, run_with_hub, xet_hub
+
+__all__ = ["hub", "xet_hub"]
+
+PLAIN = {
+    ".gitattributes",
+    "README.md",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+@pytest.mark.parametrize("server", ["hub", "xet_hub"])
+def test_pushed_student_loads_by_its_id(server: str, request: Any, tmp_path: Path) -> None:
+    local: LocalHub = request.getfixturevalue(server)
+    done = run_with_hub(["-m", "tests.push_worker", str(tmp_path), "end", "plain"], local, tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert set(local.files("me/student")) == PLAIN
+    card = ModelCard(local.text("me/student", "README.md"))
+    assert card.data.to_dict()["tags"]
+    text = card.content
+    for part in ("LlamaForCausalLM", "HiddenStates", "AttentionMaps", "forward_kl", "KL"):
+        assert part in text
+    assert str(tmp_path) not in text
+
+
+def test_pushes_from_checkpoints_are_plain_too(hub: LocalHub, tmp_path: Path) -> None:
+    """No projectors, no optimizer, no pickled arguments, at no commit; no token anywhere."""
+    command = ["-m", "tests.push_worker", str(tmp_path), "every_save", "plain"]
+    done = run_with_hub(command, hub, tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert set(hub.files("me/student")) == PLAIN
+    assert len(hub.asked("POST", "/commit/")) >= 2
+    local = [path for path in (tmp_path / "student").rglob("*") if path.is_file()]
+    assert not [path for path in local if path.name == "training_args.bin"]
+    assert not [path for path in local if TOKEN.encode() in path.read_bytes()]
+
+
+def test_adapter_is_pushed_as_one(hub: LocalHub, tmp_path: Path) -> None:
+    done = run_with_hub(["-m", "tests.push_worker", str(tmp_path), "end", "lora"], hub, tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    files = set(hub.files("me/student"))
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= files
+    assert "model.safetensors" not in files
+    assert "terms.safetensors" not in files
+
+
+def test_failed_background_push_is_said(hub: LocalHub, tmp_path: Path) -> None:
+    """The run goes on, the student is whole here, and the last push still happens."""
+    hub.fail("POST", "/commit/", 500, times=1)
+    command = ["-m", "tests.push_worker", str(tmp_path), "every_save", "plain"]
+    done = run_with_hub(command, hub, tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "A push to me/student failed" in done.stderr
+    assert set(hub.files("me/student")) == PLAIN
+
+
+def test_facts_of_models(student: Any) -> None:
+    spec = ModelSpec.of(student.config, "LlamaForCausalLM")
+    random = model_facts(FromConfig("llama"), spec, student)
+    assert (random.name, random.origin) == ("llama", "random")
+    assert random.parameters == sum(p.numel() for p in student.parameters())
+    from llm_distill import Local
+
+    named = ModelSpec.of(student.config, "Qwen/Qwen3-0.6B")
+    assert model_facts(Local(student), named, None).origin == "hub"
+
+
+def test_facts_of_objectives() -> None:
+    rows = objective_facts([CrossEntropy(weight=0.1), Logits(temperature=2.0)])
+    assert [tuple(row) for row in rows] == [
+        ("CrossEntropy", "0.1", ""),
+        ("Logits", "1", "forward_kl, temperature 2, scaling T2"),
+    ]
+
+
+def test_layer_maps_are_told_where_there_are_any(student: Any, teacher: Any) -> None:
+    from llm_distill.binding import bind
+
+    specs = ModelSpec.of(student.config, "a"), ModelSpec.of(teacher.config, "b")
+    assert layer_maps(bind([Logits()], *specs, seed=0)) is None
+    text = layer_maps(bind([HiddenStates()], *specs, seed=0))
+    assert text is not None
+    assert "HiddenStates\nstudent layer | teacher layer   uniform" in text
+
+
+def test_names_and_versions(tmp_path: Path) -> None:
+    assert name_of(tiny.arguments(tmp_path / "mine")) == "mine"
+    assert name_of(tiny.arguments(tmp_path, hub_model_id="me/it")) == "me/it"
+    assert {"python", "torch", "transformers", "llm_distill"} <= versions().keys()

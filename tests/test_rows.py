@@ -1,0 +1,430 @@
+"""Rows, queries and the collator: shift, padding, sampling."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from llm_distill.rows import (
+    IGNORED,
+    Batch,
+    Queries,
+    RowCollator,
+    Rows,
+    example_keys,
+    sample_queries,
+    supervised_rows,
+    valid_rows,
+)
+
+Side = Literal["left", "right"]
+
+EOS = PAD = 2
+"""The same number, as in many tokenizers: only the attention mask tells them apart."""
+
+SEQUENCES = ([5, 6, 7, 8, EOS], [9, EOS], [10, 11, EOS, 12, 13, 14, EOS])
+LABELS = ([IGNORED, IGNORED, 7, 8, EOS], [9, EOS], [10, IGNORED, EOS, 12, 13, IGNORED, EOS])
+
+
+def padded(
+    sequences: Sequence[Sequence[int]], filler: int, side: Side, width: int | None = None
+) -> Tensor:
+    """One block, `[B, T]`."""
+    width = width or max(len(s) for s in sequences)
+    blank = [[filler] * (width - len(s)) for s in sequences]
+    rows = [[*b, *s] if side == "left" else [*s, *b] for b, s in zip(blank, sequences, strict=True)]
+    return torch.tensor(rows)
+
+
+def batch(side: Side, width: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Input ids, attention mask and labels of the examples above."""
+    ones = [[1] * len(s) for s in SEQUENCES]
+    return (
+        padded(SEQUENCES, PAD, side, width),
+        padded(ones, 0, side, width),
+        padded(LABELS, IGNORED, side, width),
+    )
+
+
+def said(rows: Rows) -> list[tuple[int, int, int]]:
+    """(sequence, token, label) of each row: what padding must not change."""
+    return list(zip(rows.sequence.tolist(), rows.token.tolist(), rows.labels.tolist(), strict=True))
+
+
+def expected(*, shift: bool) -> list[tuple[int, int, int]]:
+    """The same from the examples themselves, by the definition."""
+    found = []
+    for number, (tokens, labels) in enumerate(zip(SEQUENCES, LABELS, strict=True)):
+        targets = [*labels[1:], IGNORED] if shift else labels
+        found += [
+            (number, token, label)
+            for token, label in zip(tokens, targets, strict=True)
+            if label != IGNORED
+        ]
+    return found
+
+
+every_padding = pytest.mark.parametrize(
+    ("side", "width"), [("right", None), ("left", None), ("right", 12), ("left", 12)]
+)
+
+
+@every_padding
+@pytest.mark.parametrize("shift", [True, False])
+def test_padding_does_not_change_the_rows(side: Side, width: int | None, shift: bool) -> None:
+    rows = supervised_rows(*batch(side, width), shift=shift)
+    assert said(rows) == expected(shift=shift)
+
+
+@every_padding
+def test_fields_agree_with_each_other(side: Side, width: int | None) -> None:
+    ids, mask, labels = batch(side, width)
+    for rows in (supervised_rows(ids, mask, labels, shift=True), valid_rows(ids, mask)):
+        assert torch.equal(rows.index, rows.sequence * ids.shape[1] + rows.position)
+        assert torch.equal(rows.token, ids.flatten()[rows.index])
+        assert torch.equal(rows.host_position, rows.position)
+        assert rows.index.tolist() == sorted(rows.index.tolist())
+        assert rows.per_sequence == tuple(rows.sequence.bincount(minlength=3).tolist())
+        assert len(rows) == sum(rows.per_sequence) == len(rows.labels)
+        assert mask.flatten()[rows.index].all()
+
+
+@every_padding
+def test_a_shifted_row_predicts_the_next_token(side: Side, width: int | None) -> None:
+    ids, mask, labels = batch(side, width)
+    rows = supervised_rows(ids, mask, labels, shift=True)
+    assert rows.position.max() < ids.shape[1] - 1
+    assert torch.equal(labels[rows.sequence, rows.position + 1], rows.labels)
+
+
+def test_a_real_eos_is_a_target_although_it_looks_like_padding() -> None:
+    for side in ("left", "right"):
+        rows = supervised_rows(*batch(side), shift=True)
+        assert rows.labels.tolist().count(EOS) == 4
+        assert rows.token.tolist().count(EOS) == 1  # that inside the third predicts 12
+
+
+def test_the_last_left_pad_does_not_predict_the_first_token() -> None:
+    ids, mask = torch.tensor([[PAD, PAD, 5, 6]]), torch.tensor([[0, 0, 1, 1]])
+    rows = supervised_rows(ids, mask, torch.tensor([[-100, -100, 5, 6]]), shift=True)
+    assert rows.position.tolist() == [2]
+    assert rows.labels.tolist() == [6]
+
+
+def test_labels_on_padding_are_no_rows_without_a_shift() -> None:
+    ids, mask = torch.tensor([[5, 6, PAD]]), torch.tensor([[1, 1, 0]])
+    assert supervised_rows(ids, mask, ids, shift=False).labels.tolist() == [5, 6]
+
+
+def test_without_a_mask_everything_is_real() -> None:
+    ids = torch.tensor([[5, 6, 7], [8, 9, EOS]])
+    rows = supervised_rows(ids, None, ids, shift=True)
+    assert rows.labels.tolist() == [6, 7, 9, EOS]
+    assert rows.position.tolist() == [0, 1, 0, 1]
+    assert len(valid_rows(ids, None)) == 6
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_nothing_supervised_gives_no_rows(shift: bool) -> None:
+    ids = torch.tensor([[5, 6, 7], [8, 9, EOS]])
+    rows = supervised_rows(ids, None, torch.full_like(ids, IGNORED), shift=shift)
+    assert len(rows) == 0
+    assert rows.per_sequence == (0, 0)
+    assert rows.index.shape == rows.labels.shape == (0,)
+
+
+def test_one_token_predicts_nothing() -> None:
+    ids = torch.tensor([[5]])
+    assert len(supervised_rows(ids, None, ids, shift=True)) == 0
+    assert len(supervised_rows(ids, None, ids, shift=False)) == 1
+
+
+def test_the_labels_given_are_not_written_to() -> None:
+    ids, mask, labels = batch("left")
+    before = labels.clone()
+    for shift in (True, False):
+        supervised_rows(ids, torch.zeros_like(mask), labels, shift=shift)
+    assert torch.equal(labels, before)
+
+
+@every_padding
+def test_valid_rows_are_the_real_tokens(side: Side, width: int | None) -> None:
+    ids, mask, _ = batch(side, width)
+    rows = valid_rows(ids, mask)
+    assert rows.token.tolist() == [token for sequence in SEQUENCES for token in sequence]
+    assert rows.per_sequence == (5, 2, 7)
+    assert set(rows.labels.tolist()) == {IGNORED}
+
+
+def test_first_keeps_the_first_sequences() -> None:
+    rows = supervised_rows(*batch("left"), shift=True)
+    few = rows.first(2)
+    assert said(few) == [row for row in said(rows) if row[0] < 2]
+    assert few.per_sequence == rows.per_sequence[:2]
+    assert len(few.host_position) == len(few)
+    assert len(rows.first(0)) == 0
+    assert said(rows.first(99)) == said(rows)
+
+
+def test_to_moves_every_tensor_but_the_host_side() -> None:
+    rows = supervised_rows(*batch("left"), shift=True).to("meta", non_blocking=True)
+    for field in fields(Rows):
+        value = getattr(rows, field.name)
+        if isinstance(value, Tensor):
+            assert value.device.type == ("cpu" if field.name == "host_position" else "meta")
+    assert len(rows) == sum(rows.per_sequence)
+    queries = sample_queries(rows, (1, 2, 3), most=2, seed=0, epoch=0).to("meta")
+    assert {queries.position.device.type, queries.used.device.type, queries.flat.device.type} == {
+        "meta"
+    }
+    assert len(queries) == sum(queries.per_sequence)
+
+
+def test_keys_are_of_the_real_tokens_alone() -> None:
+    keys = {
+        example_keys(*batch(side, width)[:2]) for side in ("left", "right") for width in (7, 12)
+    }
+    assert len(keys) == 1
+    found = keys.pop()
+    assert len(set(found)) == 3
+    alone = [example_keys(torch.tensor([sequence]), None)[0] for sequence in SEQUENCES]
+    assert found == tuple(alone)
+    small = example_keys(torch.tensor([SEQUENCES[0]], dtype=torch.int32), None)
+    assert small == (alone[0],)
+
+
+def test_keys_of_other_tokens_differ() -> None:
+    keys = example_keys(torch.tensor([[5, 6, 7], [5, 7, 6], [6, 6, 7], [5, 6, 7]]), None)
+    assert len(set(keys)) == 3
+    assert keys[0] == keys[3]
+    assert len(example_keys(torch.tensor([[PAD, PAD]]), torch.tensor([[0, 0]]))) == 1
+
+
+def places(queries: Queries) -> list[list[int]]:
+    """The positions that count, of each sequence."""
+    return [p[u].tolist() for p, u in zip(queries.position, queries.used, strict=True)]
+
+
+def many(
+    side: Side, width: int, *, rows_each: Sequence[int] = (20, 3, 11, 0)
+) -> tuple[Rows, tuple[int, ...]]:
+    """Rows and keys of sequences with these numbers of supervised tokens."""
+    sequences = [[100 * k + j for j in range(n + 1)] for k, n in enumerate(rows_each)]
+    ids, mask = (
+        padded(sequences, PAD, side, width),
+        padded([[1] * len(s) for s in sequences], 0, side, width),
+    )
+    labels = padded(sequences, IGNORED, side, width)
+    return supervised_rows(ids, mask, labels, shift=True), example_keys(ids, mask)
+
+
+def test_queries_are_rows_in_ascending_order() -> None:
+    rows, keys = many("right", 25)
+    queries = sample_queries(rows, keys, most=5, seed=1, epoch=0)
+    assert queries.per_sequence == (5, 3, 5, 0)
+    assert len(queries) == 13
+    assert queries.position.shape == queries.used.shape == (4, 5)
+    for number, chosen in enumerate(places(queries)):
+        own = rows.position[rows.sequence == number].tolist()
+        assert set(chosen) <= set(own)
+        assert chosen == sorted(set(chosen))
+    assert torch.equal(queries.flat, queries.used.flatten().nonzero()[:, 0])
+
+
+def test_unused_places_repeat_a_real_query() -> None:
+    rows, keys = many("left", 25)
+    queries = sample_queries(rows, keys, most=5, seed=1, epoch=0)
+    assert queries.position[1, 3:].tolist() == [queries.position[1, 0].item()] * 2
+    assert queries.position[3].tolist() == [0] * 5
+    assert not queries.used[3].any()
+
+
+@pytest.mark.parametrize("most", [None, 20, 1000])
+def test_all_rows_where_they_fit(most: int | None) -> None:
+    rows, keys = many("left", 25)
+    queries = sample_queries(rows, keys, most=most, seed=1, epoch=0)
+    assert queries.per_sequence == rows.per_sequence
+    assert [p for chosen in places(queries) for p in chosen] == rows.position.tolist()
+
+
+def test_queries_depend_on_seed_example_and_epoch_alone() -> None:
+    rows, keys = many("right", 25)
+    start = [0, 0, 0, 0]
+    base = places(sample_queries(rows, keys, most=4, seed=1, epoch=2))
+    assert places(sample_queries(rows, keys, most=4, seed=1, epoch=2)) == base
+    torch.manual_seed(99)  # the global generator has no say
+    for side, width in (("left", 25), ("left", 40), ("right", 40)):
+        other, its_keys = many(side, width)  # type: ignore[arg-type]
+        start = [width - n if side == "left" else 0 for n in (21, 4, 12, 1)]
+        found = places(sample_queries(other, its_keys, most=4, seed=1, epoch=2))
+        assert [[p - s for p in c] for c, s in zip(found, start, strict=True)] == base
+    assert places(sample_queries(rows, keys, most=4, seed=2, epoch=2)) != base
+    assert places(sample_queries(rows, keys, most=4, seed=1, epoch=3)) != base
+
+
+def test_other_examples_draw_other_queries() -> None:
+    rows, keys = many("right", 25, rows_each=(20, 20))
+    drawn = [places(sample_queries(rows, keys, most=4, seed=1, epoch=epoch)) for epoch in range(5)]
+    assert any(first != second for first, second in drawn)
+
+
+def test_no_row_is_drawn_twice() -> None:
+    rows, keys = many("right", 25, rows_each=(20,))
+    for epoch in range(20):
+        chosen = places(sample_queries(rows, keys, most=15, seed=1, epoch=epoch))[0]
+        assert chosen == sorted(set(chosen))
+        assert len(chosen) == 15
+
+
+def test_queries_do_not_depend_on_the_rest_of_the_batch() -> None:
+    rows, keys = many("right", 25)
+    together = places(sample_queries(rows, keys, most=4, seed=1, epoch=0))
+    alone = places(sample_queries(rows.first(1), keys[:1], most=4, seed=1, epoch=0))
+    assert alone == together[:1]
+
+
+def test_sampling_leaves_the_global_generator_alone() -> None:
+    rows, keys = many("right", 25)
+    before = torch.random.get_rng_state()
+    sample_queries(rows, keys, most=4, seed=1, epoch=0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_every_row_is_drawn_equally_often() -> None:
+    """Over 2,000 epochs each of 20 rows is in a sample of 5 with probability 1/4, to 5 sigma."""
+    rows, keys = many("right", 25, rows_each=(20,))
+    epochs, counts = 2000, torch.zeros(21)
+    for epoch in range(epochs):
+        queries = sample_queries(rows, keys, most=5, seed=7, epoch=epoch)
+        counts[queries.position[0]] += 1
+    sigma = (0.25 * 0.75 / epochs) ** 0.5
+    assert (counts[:20] / epochs - 0.25).abs().max() < 5 * sigma
+    assert counts[20] == 0  # the last position predicts nothing
+
+
+def test_no_rows_at_all_keep_one_unused_place() -> None:
+    rows, keys = many("right", 3, rows_each=(0, 0))
+    queries = sample_queries(rows, keys, most=4, seed=1, epoch=0)
+    assert queries.position.shape == (2, 1)
+    assert len(queries) == 0
+    assert queries.flat.shape == (0,)
+
+
+def test_no_sequences_at_all() -> None:
+    nothing = torch.zeros(0, 4, dtype=torch.long)
+    queries = sample_queries(valid_rows(nothing, None), (), most=4, seed=1, epoch=0)
+    assert len(queries) == 0
+    assert queries.position.shape == (0, 1)
+
+
+def test_keys_for_each_sequence_are_needed() -> None:
+    rows, keys = many("right", 25)
+    with pytest.raises(ValueError, match="shorter than"):
+        sample_queries(rows, keys[:-1], most=4, seed=1, epoch=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 20, 50])
+def test_parts_of_the_queries_agree_with_the_whole(chunk: int) -> None:
+    rows, keys = many("right", 25)
+    queries = sample_queries(rows, keys, most=None, seed=1, epoch=0)
+    width = queries.position.shape[1]
+    assert torch.equal(queries.flat_of(slice(None)), queries.flat)
+    found: list[tuple[int, int]] = []
+    for start in range(0, width, chunk):
+        part = slice(start, min(start + chunk, width))
+        columns = len(range(width)[part])
+        flat = queries.flat_of(part)
+        used = queries.used[:, part].flatten().nonzero()[:, 0]
+        assert torch.equal(flat, used)
+        found += [(f // columns, start + f % columns) for f in flat.tolist()]
+    whole = [(f // width, f % width) for f in queries.flat.tolist()]
+    assert sorted(found) == whole
+
+
+def test_a_batch_gives_rows_by_kind() -> None:
+    ids, mask, labels = batch("right")
+    supervised, valid = supervised_rows(ids, mask, labels, shift=True), valid_rows(ids, mask)
+    whole = Batch({"input_ids": ids}, supervised, valid)
+    assert whole.rows("supervised") is supervised
+    assert whole.rows("valid") is valid
+    with pytest.raises(LookupError, match="collated without valid rows"):
+        Batch({"input_ids": ids}, supervised).rows("valid")
+
+
+def test_a_batch_moves_as_one() -> None:
+    ids, mask, labels = batch("right")
+    supervised, keys = supervised_rows(ids, mask, labels, shift=True), example_keys(ids, mask)
+    queries = sample_queries(supervised, keys, most=2, seed=0, epoch=0)
+    moved = Batch({"input_ids": ids}, supervised, valid_rows(ids, mask), queries).to("meta")
+    assert moved.inputs["input_ids"].device.type == "meta"
+    assert moved.rows("valid").index.device.type == "meta"
+    assert moved.queries is not None
+    assert moved.queries.position.device.type == "meta"
+    bare = Batch({"input_ids": ids}, supervised).to("meta")
+    assert bare.valid is None
+    assert bare.queries is None
+
+
+def collator(
+    side: Side, *, shift: bool = True, valid: bool = False, **extra: Tensor
+) -> RowCollator:
+    ids, mask, labels = batch(side)
+    made: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "labels": labels, **extra}
+    return RowCollator(lambda examples: dict(made), shift=shift, valid=valid)
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_the_collator_adds_rows_and_keys(shift: bool) -> None:
+    made = collator("right", shift=shift)([])
+    ids, mask, labels = batch("right")
+    assert said(made["rows"]) == said(supervised_rows(ids, mask, labels, shift=shift))
+    assert made["keys"] == example_keys(ids, mask)
+    assert made["valid"] is None
+    assert torch.equal(made["labels"], labels)
+    assert "position_ids" not in made
+
+
+def test_the_collator_adds_valid_rows_where_asked() -> None:
+    assert collator("right", valid=True)([])["valid"].per_sequence == (5, 2, 7)
+
+
+def test_left_padding_counts_positions_from_the_first_real_token() -> None:
+    positions = collator("left")([])["position_ids"]
+    for row, sequence in zip(positions, SEQUENCES, strict=True):
+        length = len(sequence)
+        assert row[-length:].tolist() == list(range(length))
+        assert not row[:-length].any()
+
+
+def test_positions_of_the_inner_collator_are_kept() -> None:
+    own = torch.arange(21).view(3, 7)
+    assert torch.equal(collator("left", position_ids=own)([])["position_ids"], own)
+
+
+def test_the_collator_needs_no_mask() -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    inner = RowCollator(lambda examples: {"input_ids": ids, "labels": ids}, shift=True, valid=True)
+    made = inner([])
+    assert len(made["rows"]) == 2
+    assert len(made["valid"]) == 3
+    assert "position_ids" not in made
+
+
+def test_the_collator_does_not_write_into_what_it_was_given() -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    given = {"input_ids": ids, "labels": ids}
+    RowCollator(lambda examples: given, shift=True, valid=False)([])
+    assert set(given) == {"input_ids", "labels"}
+
+
+def test_a_collator_without_labels_is_refused() -> None:
+    inner = RowCollator(
+        lambda examples: {"input_ids": torch.tensor([[5, 6]])}, shift=True, valid=False
+    )
+    with pytest.raises(
+        ValueError, match=r"gave \['input_ids'\] but no `labels`.*copy of input_ids"
+    ):
+        inner([])

@@ -1,0 +1,95 @@
+"""Files of a student and of what the terms learned."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from llm_distill import CrossEntropy, HiddenStates
+from llm_distill.binding import bind
+from llm_distill.distiller import Distiller
+from llm_distill.saving import (
+    ADAPTER_FILE,
+    TERMS_FILE,
+    load_student,
+    load_terms,
+    save_student,
+    save_terms,
+)
+from llm_distill.signals import ModelSpec
+from tests import tiny
+
+
+def distiller(student: Any = None, wanted: Any = None, seed: int = 0) -> Distiller:
+    spec = ModelSpec.of(tiny.llama("student").config, "student")
+    teacher = ModelSpec.of(tiny.llama("teacher").config, "teacher")
+    terms = bind(wanted or [HiddenStates()], spec, teacher, seed=seed)
+    return Distiller(student if student is not None else tiny.llama("student"), terms, "student")
+
+
+def test_terms_come_back(tmp_path: Path) -> None:
+    first, second = distiller(seed=1), distiller(seed=2)
+    save_terms(first, tmp_path, None)
+    load_terms(second, tmp_path)
+    ours, theirs = first.terms.state_dict(), second.terms.state_dict()
+    assert ours
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_gathered_state_is_split(tmp_path: Path) -> None:
+    """As FSDP gives it: one dict with prefixes."""
+    whole = {k: v + 1 for k, v in distiller().state_dict().items()}
+    target = distiller()
+    save_student(target, tmp_path, whole)
+    save_terms(target, tmp_path, whole)
+    written = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(v, whole[f"student.{k}"]) for k, v in written.items())
+    terms = load_file(tmp_path / TERMS_FILE)
+    assert all(torch.equal(v, whole[f"terms.{k}"]) for k, v in terms.items())
+
+
+def test_terms_without_weights_need_no_file(tmp_path: Path) -> None:
+    nothing = distiller(wanted=[CrossEntropy()])
+    save_terms(nothing, tmp_path, None)
+    assert not list(tmp_path.iterdir())
+    load_terms(nothing, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_student_comes_back(tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
+    saved = distiller(tiny.llama("student", tied=tied).to(dtype))
+    with torch.no_grad():
+        for parameter in saved.student.parameters():
+            parameter.add_(0.5)
+    save_student(saved, tmp_path, None)
+    other = distiller(tiny.llama("student", tied=tied).to(dtype))
+    load_student(other, tmp_path)
+    ours, theirs = saved.student.state_dict(), other.student.state_dict()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert next(other.student.parameters()).dtype == dtype
+
+
+def test_another_student_is_refused(tmp_path: Path) -> None:
+    save_student(distiller(), tmp_path, None)
+    spec = ModelSpec.of(tiny.llama("teacher").config, "large")
+    large = Distiller(tiny.llama("teacher"), bind([CrossEntropy()], spec, spec, seed=0), "large")
+    with pytest.raises(RuntimeError, match=r"size mismatch|Missing key"):
+        load_student(large, tmp_path)
+
+
+def test_adapter_files_are_complete_or_refused(tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    adapted = distiller(get_peft_model(tiny.llama("student"), config))
+    with pytest.raises(FileNotFoundError, match="no checkpoint of an adapter"):
+        load_student(adapted, tmp_path)
+    save_student(adapted, tmp_path, None)
+    load_student(adapted, tmp_path)
+    weights = load_file(tmp_path / ADAPTER_FILE)
+    weights.pop(next(iter(weights)))
+    save_file(weights, tmp_path / ADAPTER_FILE)
+    with pytest.raises(ValueError, match="does not fit the adapter: missing"):
+        load_student(adapted, tmp_path)
