@@ -222,6 +222,11 @@ def refuse_layers(request: Request, spec: ModelSpec) -> None:
     for layer in sorted(request.hidden):
         if not 0 <= layer <= spec.depth:
             raise ValueError(f"{spec.name}: hidden state {layer} is out of range 0..{spec.depth}")
+    if request.heads and not (spec.heads and spec.attends):
+        raise ValueError(
+            f"{spec.name} ({spec.kind}) has no attention that can be read, and AttentionMaps asks "
+            f"for blocks {sorted(request.heads)}; use Logits and HiddenStates with it"
+        )
     for layer in sorted(request.heads):
         if not 1 <= layer <= spec.depth:
             raise ValueError(

@@ -33,10 +33,12 @@ class StudentTrainer(Trainer):
     Attributes:
         run: What was prepared.
         data: What the card says of the training data.
+        evaluation_data: What it says of the evaluation data.
     """
 
     run: Run
     data: DataFacts | None = None
+    evaluation_data: DataFacts | None = None
     _in_checkpoint = False
 
     @property
@@ -124,6 +126,7 @@ class StudentTrainer(Trainer):
             teacher=publishing.model_facts(run.teacher, run.teacher.spec, whole),
             objectives=publishing.objective_facts(run.objectives),
             layer_map=publishing.layer_maps(run.terms),
+            evaluation_data=self.evaluation_data,
             task="text-generation" if run.shift else "fill-mask",
             **publishing.run_facts(self.args, self.state, student=student, data=self.data),
         )

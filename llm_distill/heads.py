@@ -104,4 +104,5 @@ def check_match(student_heads: int, teacher_heads: int) -> None:
 
 def _grouped(maps: Tensor, heads: int) -> Tensor:
     """Neighbouring heads averaged into `heads` groups: `[N, H, T] -> [N, heads, T]`."""
-    return maps.unflatten(1, (heads, -1)).mean(2)
+    grouped: Tensor = maps.unflatten(1, (heads, -1))
+    return grouped.mean(2)

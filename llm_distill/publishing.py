@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from peft import PeftModel
 
-from llm_distill import __version__, schedules
+from llm_distill import schedules
 from llm_distill.card import CardFacts, DataFacts, ModelFacts, ObjectiveFacts, origin_of
 from llm_distill.objectives import named
 from llm_distill.students import FromConfig
@@ -45,13 +45,12 @@ PUBLISHED = (
 )
 """What of an output folder goes to the Hub. A list of what may, so that nothing else ever does."""
 
-LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft")
+LIBRARIES = ("llm-distill", "torch", "transformers", "accelerate", "datasets", "peft")
 
 
 def versions() -> dict[str, str]:
     """Python and the libraries of a run."""
-    ours = {"llm_distill": __version__, "python": platform.python_version()}
-    return ours | {name: version(name) for name in LIBRARIES}
+    return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
 
 
 def model_facts(model: Student | Teacher, spec: ModelSpec, weights: nn.Module | None) -> ModelFacts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,7 @@ class ModelSpec:
         heads: Query heads of a block.
         vocabulary: Rows of the head, padding rows included.
         positions: Tokens a sequence may have at most, where the config says so.
+        attends: Whether its attention can be read, through transformers' attention interface.
     """
 
     name: str
@@ -67,6 +68,7 @@ class ModelSpec:
     heads: int
     vocabulary: int
     positions: int | None = None
+    attends: bool = True
 
     @classmethod
     def of(cls, config: PreTrainedConfig, name: str) -> ModelSpec:
@@ -78,9 +80,10 @@ class ModelSpec:
             kind=str(text.model_type),
             depth=int(text.num_hidden_layers),
             width=int(text.hidden_size),
-            heads=int(text.num_attention_heads),
+            heads=int(getattr(text, "num_attention_heads", 0)),
             vocabulary=int(text.vocab_size),
             positions=int(positions) if positions else None,
+            attends=_attends(config),
         )
 
 
@@ -248,3 +251,14 @@ class Signals:
 def _wide(values: Tensor) -> Tensor:
     """In fp32, or float64 where it was."""
     return values if values.dtype == torch.float64 else values.float()
+
+
+def _attends(config: PreTrainedConfig) -> bool:
+    """Whether the class behind a config calls its attention through transformers' interface."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING):
+        if type(config) in mapping:
+            kind: Any = mapping[type(config)]
+            return bool(kind._can_set_attn_implementation())
+    return True

@@ -244,3 +244,14 @@ def test_offloaded_head_gives_dense_logits(tmp_path: Any) -> None:
     assert isinstance(signals.logits, Dense)
     expected = Reader(model, Request(logits=True), "whole").read(batch).logits.logits(slice(None))
     assert torch.allclose(signals.logits.logits(slice(None)), expected, atol=1e-5)
+
+
+def test_no_attention_is_refused_from_the_config_alone() -> None:
+    """A family outside the interface, and one without heads: before any weight is read."""
+    from transformers import BloomConfig, MambaConfig
+
+    for config in (BloomConfig(n_layer=2), MambaConfig(num_hidden_layers=2)):
+        spec = ModelSpec.of(config, "me/teacher")
+        with pytest.raises(ValueError, match=r"me/teacher \(\w+\) has no attention that can be"):
+            refuse_layers(Request(heads=frozenset({1})), spec)
+        refuse_layers(Request(logits=True, hidden=frozenset({1})), spec)

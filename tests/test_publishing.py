@@ -103,4 +103,4 @@ def test_layer_maps_are_told_where_there_are_any(student: Any, teacher: Any) -> 
 def test_names_and_versions(tmp_path: Path) -> None:
     assert name_of(tiny.arguments(tmp_path / "mine")) == "mine"
     assert name_of(tiny.arguments(tmp_path, hub_model_id="me/it")) == "me/it"
-    assert {"python", "torch", "transformers", "llm_distill"} <= versions().keys()
+    assert {"python", "torch", "transformers", "llm-distill"} <= versions().keys()

@@ -30,6 +30,10 @@ def distiller(student: Any = None, wanted: Any = None, seed: int = 0) -> Distill
     return Distiller(student if student is not None else tiny.llama("student"), terms, "student")
 
 
+def cast_to(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    return model.to(dtype)
+
+
 def test_terms_come_back(tmp_path: Path) -> None:
     first, second = distiller(seed=1), distiller(seed=2)
     save_terms(first, tmp_path, None)
@@ -61,12 +65,12 @@ def test_terms_without_weights_need_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [False, True])
 def test_student_comes_back(tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
-    saved = distiller(tiny.llama("student", tied=tied).to(dtype))
+    saved = distiller(cast_to(tiny.llama("student", tied=tied), dtype))
     with torch.no_grad():
         for parameter in saved.student.parameters():
             parameter.add_(0.5)
     save_student(saved, tmp_path, None)
-    other = distiller(tiny.llama("student", tied=tied).to(dtype))
+    other = distiller(cast_to(tiny.llama("student", tied=tied), dtype))
     load_student(other, tmp_path)
     ours, theirs = saved.student.state_dict(), other.student.state_dict()
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)

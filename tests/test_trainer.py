@@ -194,10 +194,10 @@ def test_no_full_logits_without_compute_metrics(tmp_path: Path) -> None:
     def forbidden(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the student's own head ran")
 
-    trainer.student.forward = forbidden  # type: ignore[assignment]
+    trainer.student.forward = forbidden
     trainer.train()
     trainer.evaluate()
-    trainer.student.forward = forward  # type: ignore[assignment]
+    trainer.student.forward = forward
 
 
 def test_callbacks_and_optimizers_are_used(tmp_path: Path) -> None:

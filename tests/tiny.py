@@ -117,9 +117,9 @@ def gemma2(*, depth: int = 2, width: int = 32) -> Gemma2ForCausalLM:
         max_position_embeddings=POSITIONS,
         attn_logit_softcapping=2.0,
         final_logit_softcapping=5.0,
-        attn_implementation="eager",
         pad_token_id=0,
     )
+    config._attn_implementation = "eager"
     return sharpened(Gemma2ForCausalLM, config)
 
 

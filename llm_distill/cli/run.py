@@ -1,6 +1,7 @@
 """`llm-distill run`: from a recipe to a student in a folder."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -80,14 +81,22 @@ def _trainer(
     except ValueError as error:
         raise InputError(str(error)) from error
     trainer.announces = False  # the tables are ours
-    trainer.data = _described(recipe.data)
+    trainer.data, trainer.evaluation_data = _described(recipe.data)
     return trainer
 
 
-def _described(source: data.Data) -> DataFacts:
-    """The training data, as the model card tells it."""
+def _described(source: data.Data) -> tuple[DataFacts, DataFacts | None]:
+    """Training and evaluation data, as the model card tells them."""
     name = source.path or ""
-    return DataFacts(name=name, origin=origin_of(name), part=f"split {source.split}")
+    train = DataFacts(name=name, origin=origin_of(name), part=f"split {source.split}")
+    held = source.eval
+    if held is None:
+        return train, None
+    if isinstance(held, float):
+        return train, replace(train, part=f"{held:.1%} of split {source.split}, held out")
+    if "/" in held or Path(held).suffix:
+        return train, DataFacts(name=held, origin=origin_of(held))
+    return train, replace(train, part=f"split {held}")
 
 
 def _finish(trainer: DistillTrainer, prepared: Prepared, screen: Screen) -> dict[str, float]:

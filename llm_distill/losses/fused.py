@@ -41,7 +41,6 @@ class Work:
     chunk: int
 
 
-@torch.compiler.disable  # it differentiates inside its forward, which dynamo cannot trace
 def head_pass(
     features: Tensor, weight: Tensor, bias: Tensor | None, shares: Tensor, work: Work
 ) -> tuple[Tensor, Tensor]:
@@ -67,8 +66,7 @@ def head_pass(
     if torch.is_autocast_enabled(features.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(features.device.type)
     with torch.autocast(features.device.type, enabled=False):
-        loss, sums = _HeadPass.apply(features, weight, bias, shares, work, dtype)
-    return loss, sums
+        return _untraced(features, weight, bias, shares, work, dtype)
 
 
 def rows_per_chunk(vocabulary: int) -> int:
@@ -127,6 +125,10 @@ class _HeadPass(torch.autograd.Function):
         grads = [None if g is None else g.to(factor.dtype).mul_(factor).to(d) for g, d in ctx.grads]
         ctx.grads = None
         return (*grads, None, None, None)
+
+
+# It differentiates inside its forward, which dynamo cannot trace: the graph breaks here.
+_untraced: Callable[..., tuple[Tensor, Tensor]] = torch.compiler.disable(_HeadPass.apply)
 
 
 def _differentiate(

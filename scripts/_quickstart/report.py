@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from scripts._quickstart.measure import Row
 
-SIGNS = {"perplexity": -1, "kl": -1, "agreement": 1}
-"""Figures that are compared, and whether more is better."""
+COMPARED = {"perplexity": ("perplexity", -1), "kl": ("KL", -1), "agreement": ("agreement", 1)}
+"""Figures that decide, with their names, and whether more of them is better (1) or less (-1)."""
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -57,13 +57,13 @@ def samples(rows: Sequence[Row], prompt: str) -> Table:
 def verdict(twin: Row, distilled: Row) -> str:
     """Whether distillation helped, in one sentence, from the figures alone."""
     ours, theirs = asdict(distilled), asdict(twin)
-    better = [name for name, sign in SIGNS.items() if sign * (ours[name] - theirs[name]) > 0]
+    better = [n for key, (n, sign) in COMPARED.items() if sign * (ours[key] - theirs[key]) > 0]
     figures = (
         f"perplexity {distilled.perplexity:.1f} against {twin.perplexity:.1f}, "
         f"KL to the teacher {distilled.kl:.3f} against {twin.kl:.3f} nats per token, "
         f"agreement {distilled.agreement:.1%} against {twin.agreement:.1%}"
     )
-    if len(better) == len(SIGNS):
+    if len(better) == len(COMPARED):
         return f"The distilled student beats its twin: {figures}."
     if not better:
         return f"The distilled student does not beat its twin: {figures}."

@@ -88,5 +88,5 @@ def test_sign_writes_a_recipe_that_can_be_run_again(tmp_path: Path) -> None:
         "accelerate",
         "datasets",
         "peft",
-        "llm_distill",
+        "llm-distill",
     }

@@ -14,6 +14,8 @@ from transformers import (
     BloomForCausalLM,
 )
 
+from llm_distill.cli.run import _described
+from llm_distill.data import Data
 from llm_distill.recipe import Recipe, document
 from llm_distill.trainer import DistillTrainer
 from tests import on_disk
@@ -202,3 +204,18 @@ def test_two_processes_train_together_and_one_speaks(
     again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert again.returncode != 0
     assert again.stderr.count("is not empty; go on with --resume") == 1
+
+
+@pytest.mark.parametrize(
+    ("held", "name", "part"),
+    [
+        (0.05, "me/data", "5.0% of split train, held out"),
+        ("test", "me/data", "split test"),
+        ("./held.jsonl", "./held.jsonl", None),
+    ],
+)
+def test_card_tells_the_evaluation_data(held: str | float, name: str, part: str | None) -> None:
+    _, facts = _described(Data(path="me/data", eval=held))
+    assert facts is not None
+    assert (facts.name, facts.part) == (name, part)
+    assert _described(Data(path="me/data"))[1] is None

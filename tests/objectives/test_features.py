@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -105,6 +106,18 @@ class TestHiddenStates:
         assert (
             f"least squares on {len(x)} tokens leaves {left:.1%} of the variance" in term.notes[-1]
         )
+
+    def test_least_squares_aim_at_what_the_loss_compares_with(
+        self, student: PreTrainedModel, teacher: PreTrainedModel
+    ) -> None:
+        objective = HiddenStates(init="least_squares", normalize="l2", layers=layer_maps.last)
+        given = batch()
+        shown = evidence(objective, student, teacher, given)
+        term = objective.build(*specs(student, teacher), shown)
+        assert isinstance(term, HiddenStatesTerm)
+        projected = term.projectors[0](states(student, given, "supervised")[2])
+        target = F.normalize(states(teacher, given, "supervised")[4], dim=-1)
+        assert (projected - target).norm() < 0.5 * target.norm()
 
     def test_least_squares_are_the_same_again(
         self, student: PreTrainedModel, teacher: PreTrainedModel

@@ -53,9 +53,7 @@ def test_what_keeps_the_contract_is_a_teacher(teacher: PreTrainedModel) -> None:
     assert not isinstance("an/id", Teacher)
 
 
-def test_a_run_needs_no_more_than_the_contract(
-    tmp_path: Path, student: PreTrainedModel
-) -> None:
+def test_a_run_needs_no_more_than_the_contract(tmp_path: Path, student: PreTrainedModel) -> None:
     trainer = DistillTrainer(
         student, Unigram(), [Logits()], tiny.arguments(tmp_path), train_dataset=tiny.rows(24)
     )

@@ -73,7 +73,9 @@ class TestTokenizer:
         assert named.get_vocab() != given.get_vocab()
 
     def test_one_that_is_named_and_not_there_is_refused(self, teacher: PreTrainedModel) -> None:
-        with pytest.raises(InputError, match=r"tokenizer '\./nowhere' of LlamaForCausalLM cannot be"):
+        with pytest.raises(
+            InputError, match=r"tokenizer '\./nowhere' of LlamaForCausalLM cannot be"
+        ):
             Local(teacher, tokenizer="./nowhere").find_tokenizer()
 
     def test_revision_and_trust_are_the_models_alone(
