@@ -7,6 +7,7 @@ name, from one run on a few tokens.
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -104,6 +105,7 @@ class Reader:
             {"output_hidden_states": sorted(request.hidden)} if request.hidden else {}
         )
         backbone = cast("PreTrainedModel", plain(self._model).base_model)
+        inputs = {key: value for key, value in inputs.items() if self._takes(key)}
         if backbone.config.is_encoder_decoder or not hasattr(backbone.config, "use_cache"):
             outputs = backbone(**inputs, **options)
         else:
@@ -111,6 +113,13 @@ class Reader:
         for tap in self._taps.values():
             tap.open = False
         return outputs, cast("Tensor", outputs.last_hidden_state)
+
+    def _takes(self, name: str) -> bool:
+        """Whether the backbone has an argument: models with ALiBi know no `position_ids`."""
+        backbone = cast("PreTrainedModel", plain(self._model).base_model)
+        parameters = inspect.signature(backbone.forward).parameters
+        loose = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+        return name in parameters or (loose and name != "position_ids")
 
     def _caught(self, layer: int) -> Heads:
         """What the tap of one block caught in this forward."""

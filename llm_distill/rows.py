@@ -215,19 +215,15 @@ def _rows(input_ids: Tensor, targets: Tensor, chosen: Tensor) -> Rows:
 
 def example_keys(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[int, ...]:
     """A number for each example from its real tokens: the same in any batch or epoch."""
-    masks: Sequence[Tensor | None] = (
-        [None] * len(input_ids) if attention_mask is None else list(attention_mask)
-    )
-    real = (
-        ids if mask is None else ids[mask != 0] for ids, mask in zip(input_ids, masks, strict=True)
-    )
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    real = (ids[keep != 0] for ids, keep in zip(input_ids, mask, strict=True))
     return tuple(zlib.crc32(ids.to(torch.int64).contiguous().numpy().tobytes()) for ids in real)
 
 
 def sample_queries(
     rows: Rows, keys: Sequence[int], *, most: int | None, seed: int, epoch: int
 ) -> Queries:
-    """Draw query positions among the rows of each sequence, from (seed, example, epoch) alone.
+    """Draw query positions of each sequence, from (seed, example, epoch) alone.
 
     Args:
         rows: Among these; only their host side is read.
@@ -295,6 +291,7 @@ class RowCollator:
         batch["rows"] = supervised_rows(ids, mask, batch["labels"], shift=self.shift)
         batch["valid"] = valid_rows(ids, mask) if self.valid else None
         batch["keys"] = example_keys(ids, mask)
-        if "position_ids" not in batch and mask is not None and bool((mask[:, 0] == 0).any()):
+        padded_left = mask is not None and bool((mask[:, 0] == 0).any())
+        if self.shift and padded_left and "position_ids" not in batch:
             batch["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
         return batch

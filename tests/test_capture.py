@@ -255,3 +255,17 @@ def test_no_attention_is_refused_from_the_config_alone() -> None:
         with pytest.raises(ValueError, match=r"me/teacher \(\w+\) has no attention that can be"):
             refuse_layers(Request(heads=frozenset({1})), spec)
         refuse_layers(Request(logits=True, hidden=frozenset({1})), spec)
+
+
+def test_models_without_position_ids_take_left_padding() -> None:
+    """BLOOM counts positions from the mask, and takes no `position_ids`."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    config = BloomConfig(vocab_size=tiny.VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
+    model = tiny.sharpened(BloomForCausalLM, config)
+    batch = batch_of(model, side="left", queries=None)
+    assert "position_ids" in batch.inputs
+    given = {k: v for k, v in batch.inputs.items() if k != "position_ids"}
+    expected = model(**given).logits.flatten(0, 1)[batch.supervised.index]
+    signals = Reader(model, Request(logits=True), "bloom").read(batch)
+    assert torch.allclose(signals.logits.logits(slice(None)), expected, atol=1e-4)

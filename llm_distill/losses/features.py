@@ -38,10 +38,10 @@ def cosine(student: Tensor, teacher: Tensor) -> Tensor:
     >>> cosine(torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
     tensor([1., 0.])
     """
-    return 0.5 * (_unit(student) - _unit(teacher)).square().sum(-1)
+    return 0.5 * (unit(student) - unit(teacher)).square().sum(-1)
 
 
-def _unit(vectors: Tensor) -> Tensor:
+def unit(vectors: Tensor) -> Tensor:
     """Divided by their length; 0, with gradient 0, where that is ~0: `[N, D] -> [N, D]`."""
     vectors = wide(vectors)
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)

@@ -17,7 +17,7 @@ from llm_distill import projectors
 from llm_distill.capture import refuse_layers
 from llm_distill.layers import LayerMap, LayerStrategy, uniform
 from llm_distill.losses.attention import map_kl
-from llm_distill.losses.features import mse
+from llm_distill.losses.features import mse, unit
 from llm_distill.objectives.base import (
     Evidence,
     Objective,
@@ -148,7 +148,7 @@ class HiddenStatesTerm(Term):
         """Per-token normalisation: `[N, D] -> [N, D]`."""
         if self.spec.normalize == "layer":
             return F.layer_norm(states, states.shape[-1:])
-        return F.normalize(states, dim=-1) if self.spec.normalize == "l2" else states
+        return unit(states) if self.spec.normalize == "l2" else states
 
 
 @dataclass(frozen=True, kw_only=True)
