@@ -115,6 +115,14 @@ def mark(modules: Iterable[nn.Module]) -> list[Tap]:
     return taps
 
 
+def clear(model: nn.Module) -> None:
+    """Let every tap of a model forget its batch, whoever put it there."""
+    for module in model.modules():
+        tap = module.__dict__.get(MARK)
+        if tap is not None:
+            tap.queries = tap.caught = None
+
+
 _OBSERVERS: list[Callable[[nn.Module], None]] = []
 """Filled only while `discover` runs a model."""
 

@@ -14,7 +14,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from llm_distill.attention_tap import Tap, discover, install, mark
+from llm_distill.attention_tap import Tap, clear, discover, install, mark
 from llm_distill.signals import (
     Dense,
     Distribution,
@@ -142,6 +142,7 @@ class Reader:
     def _probe(self) -> None:
         """Run a few tokens: is every requested signal there, is the head understood?"""
         model = plain(self._model)
+        clear(model)
         training = model.training
         model.eval()
         try:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llm_distill.capture import Reader, plain
 from llm_distill.losses.divergences import forward_kl
 from llm_distill.losses.fused import RowFunction, Work, head_pass, rows_per_chunk
-from llm_distill.objectives import HeadTerm, Term
+from llm_distill.objectives import MEASURES, HeadTerm, Term
 from llm_distill.objectives.logits import cross_entropy
 from llm_distill.signals import Factored, Request, Signals
 
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from llm_distill.rows import Batch, Step
-
-MEASURES = ("student_nll", "teacher_nll", "kl", "agreement")
-"""Evaluation sums over supervised rows, in this order behind the terms' sums."""
 
 LOGITS = Request(logits=True)
 
@@ -87,7 +84,7 @@ class Distiller(nn.Module):
         if options.get("use_reentrant") and self.request.heads:
             raise ValueError(
                 "AttentionMaps has no gradient under reentrant gradient checkpointing; write "
-                "gradient_checkpointing_kwargs: {use_reentrant: false}"
+                "activation_checkpointing_kwargs: {use_reentrant: false}"
             )
         cast("Any", self.student).activation_checkpointing_enable(**kwargs)
 

@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-import itertools
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
 from llm_distill import binding, loading
 from llm_distill.binding import make_batch
-from llm_distill.capture import Reader, plain, predicts_next
+from llm_distill.capture import plain, predicts_next
+from llm_distill.collation import RowCollator
 from llm_distill.data import Collator
 from llm_distill.data.given import first_of, tokenised
 from llm_distill.errors import InputError
-from llm_distill.objectives import Evidence, Objective, Term
-from llm_distill.rows import Batch, RowCollator
+from llm_distill.objectives import Objective, Term
 from llm_distill.signals import ModelSpec, Request
 from llm_distill.students import FromConfig, Student, as_local, student_spec
-from llm_distill.teachers import Local, Source, Teacher
+from llm_distill.teachers import Local, Teacher
 from llm_distill.vocabulary import settle_tokenizers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from transformers import PreTrainedModel, TrainingArguments
 
-__all__ = ["CALIBRATION_EXAMPLES", "Run", "check_arguments", "make_batch", "prepare_run"]
-
-CALIBRATION_EXAMPLES = 32
-"""Of the training data: what least squares and matched heads are decided on."""
+__all__ = ["Run", "check_arguments", "make_batch", "prepare_run"]
 
 COLUMNS = ("input_ids", "attention_mask", "labels", "token_type_ids", "position_ids")
 """What collators and models read; `remove_unused_columns` takes the others away."""
@@ -80,38 +76,17 @@ class Run:
     def collator(self) -> RowCollator:
         """The user's collator, with rows."""
         return RowCollator(
-            self.kwargs["data_collator"], shift=self.shift, valid=binding.needs_valid(self.terms)
+            self.kwargs["data_collator"],
+            shift=self.shift,
+            valid=binding.needs_valid(self.terms),
+            positions=self.positions,
         )
 
-    def calibrated(self, student: nn.Module, source: Source, args: TrainingArguments) -> Run:
-        """The same run, terms that need data bound to one fixed batch, alike on all ranks."""
-        ours, theirs = binding.survey(self.objectives, self.student, self.teacher.spec)
-        if ours == theirs == Request():
-            return self
-        batch = self._calibration_batch(args)
-        student.to(args.device)
-        reader = Reader(student, ours, f"student {self.student.name}")
-        training = student.training
-        student.eval()
-        with torch.no_grad():
-            evidence = Evidence(batch, reader.read(batch), source(batch))
-        reader.release()
-        student.train(training)
-        specs = self.student, self.teacher.spec
-        terms = binding.bind(self.objectives, *specs, seed=args.seed, evidence=evidence)
-        for term in terms.values():
-            _broadcast(term, args.device)
-        return replace(self, terms=terms)
-
-    def _calibration_batch(self, args: TrainingArguments) -> Batch:
-        """The first examples of the training data."""
-        dataset = cast("Iterable[Any]", self.kwargs["train_dataset"])
-        examples = itertools.islice(dataset, CALIBRATION_EXAMPLES)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(args.seed)  # collators may draw
-            collated = self.collator([_readable(example, args) for example in examples])
-        plan = binding.query_plan(self.terms)
-        return make_batch(collated, plan, seed=args.seed, epoch=0).to(args.device)
+    @property
+    def positions(self) -> int | None:
+        """Tokens a sequence may have: the fewer of both models'."""
+        known = (self.student.positions, self.teacher.spec.positions)
+        return min((p for p in known if p), default=None)
 
 
 def prepare_run(
@@ -172,6 +147,9 @@ def check_arguments(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None:
                 f"DistillTrainer takes no {name}: the loss is the objectives', the student is "
                 "`model`"
             )
+    _check_sharding()
+    if args.neftune_noise_alpha is not None:
+        raise InputError("neftune_noise_alpha: the student's embeddings are read as they are")
     if args.label_smoothing_factor:
         raise InputError(
             "label_smoothing_factor: the teacher is what smooths the labels; leave it at 0"
@@ -194,6 +172,25 @@ def check_arguments(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None:
         loader.dispatch_batches = False
 
 
+def _check_sharding() -> None:
+    """Refuse what Accelerate's launcher asks for and this trainer cannot give.
+
+    Raises:
+        InputError: For FSDP version 1, and for weights that only rank 0 loads.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise InputError(
+            "FSDP version 1 flattens the head's weight, which the loss reads; write fsdp_version: 2"
+        )
+    if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
+        raise InputError(
+            "fsdp_cpu_ram_efficient_loading leaves the teacher without weights on all ranks but "
+            "the first; write fsdp_cpu_ram_efficient_loading: false"
+        )
+
+
 def _settle_best_metric(args: TrainingArguments, evaluation: object) -> None:
     """KL to the teacher, of the first dataset where there are several, unless one was named."""
     metric = args.metric_for_best_model
@@ -212,7 +209,7 @@ def _weights(model: object) -> nn.Module | None:
     return plain(inner) if isinstance(inner, nn.Module) else None
 
 
-def _readable(example: Any, args: TrainingArguments) -> Any:  # noqa: ANN401  what a collator takes
+def readable(example: Any, args: TrainingArguments) -> Any:  # noqa: ANN401  what a collator takes
     """An example without the columns that Trainer takes away."""
     if not args.remove_unused_columns or not isinstance(example, Mapping):
         return example
@@ -240,9 +237,20 @@ def _check_training_data(run: Run, args: TrainingArguments) -> None:
     if example is not None:
         with torch.random.fork_rng(devices=[]):
             try:
-                run.collator([_readable(example, args)])
+                batch = run.collator([readable(example, args)])
             except ValueError as error:
                 raise InputError(str(error)) from error
+        _check_masked(run, batch)
+
+
+def _check_masked(run: Run, batch: Mapping[str, Any]) -> None:
+    """Refuse rows for masked models in which nothing is masked: each token would tell itself."""
+    rows = batch["rows"]
+    if not run.shift and len(rows) == batch["input_ids"].numel() and rows.labels.equal(rows.token):
+        raise InputError(
+            f"the student {run.student.name} is a masked language model and nothing in the "
+            "training data is masked; give data_collator=DataCollatorForLanguageModeling(tokenizer)"
+        )
 
 
 def _shift(model: Student, teacher: Teacher) -> bool:
@@ -278,15 +286,5 @@ def _check_checkpointing(args: TrainingArguments) -> None:
         if (getattr(args, name, None) or {}).get("use_reentrant"):
             raise InputError(
                 "AttentionMaps has no gradient under reentrant gradient checkpointing; write "
-                "gradient_checkpointing_kwargs: {use_reentrant: false}"
+                "activation_checkpointing_kwargs: {use_reentrant: false}"
             )
-
-
-def _broadcast(module: nn.Module, device: torch.device) -> None:
-    """Rank 0's tensors on every rank."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    for tensor in module.state_dict().values():
-        there = tensor.to(device)
-        dist.broadcast(there, src=0)
-        tensor.copy_(there)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -259,39 +259,3 @@ def _queries(drawn: Sequence[Tensor]) -> Queries:
         used[row, : len(places)] = True
     flat = used.flatten().nonzero()[:, 0]
     return Queries(position, used, tuple(len(places) for places in drawn), flat)
-
-
-@dataclass(frozen=True)
-class RowCollator:
-    """Any collator, plus `rows`, `valid` and `keys` beside what it makes.
-
-    Attributes:
-        collator: Makes `input_ids`, `labels` and usually `attention_mask`.
-        shift: Whether the models are causal.
-        valid: Whether any term asks for all real tokens.
-    """
-
-    collator: Callable[[list[Any]], Mapping[str, Any]]
-    shift: bool
-    valid: bool
-
-    def __call__(self, examples: list[Any]) -> dict[str, Any]:
-        """Collate examples.
-
-        Raises:
-            ValueError: If the inner collator gives no `labels`.
-        """
-        batch = dict(self.collator(examples))
-        if "labels" not in batch:
-            raise ValueError(
-                f"the data collator gave {sorted(batch)} but no `labels`; llm_distill needs labels "
-                "to know which positions are supervised (a copy of input_ids, -100 elsewhere)"
-            )
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
-        batch["rows"] = supervised_rows(ids, mask, batch["labels"], shift=self.shift)
-        batch["valid"] = valid_rows(ids, mask) if self.valid else None
-        batch["keys"] = example_keys(ids, mask)
-        padded_left = mask is not None and bool((mask[:, 0] == 0).any())
-        if self.shift and padded_left and "position_ids" not in batch:
-            batch["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
-        return batch

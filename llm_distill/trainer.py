@@ -12,11 +12,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, TrainingArguments
 
 from llm_distill import binding, schedules
+from llm_distill.calibration import calibrate
 from llm_distill.checkpointing import StudentTrainer
-from llm_distill.distiller import MEASURES, Distiller
+from llm_distill.distiller import Distiller
 from llm_distill.evaluation import Tally, evaluation_metrics
-from llm_distill.objectives import CrossEntropy, Logits, Objective
-from llm_distill.preparation import make_batch, prepare_run
+from llm_distill.objectives import MEASURES, CrossEntropy, Logits, Objective
+from llm_distill.preparation import COLUMNS, make_batch, prepare_run
 from llm_distill.rows import Batch, Step
 from llm_distill.students import Student, load_student
 
@@ -75,7 +76,7 @@ class DistillTrainer(StudentTrainer):
                 "nn.Module", get_peft_model(cast("PreTrainedModel", student), peft_config)
             )
         self._source = run.teacher.open(run.teacher_request, args.device)
-        self.run = run = run.calibrated(student, self._source, args)
+        self.run = run = calibrate(run, student, self._source, args)
         distiller = Distiller(student, run.terms, run.student.name)
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = not distiller.request.logits
@@ -239,10 +240,4 @@ class DistillTrainer(StudentTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns that the collator reads, not those of the wrapper's signature."""
-        self._signature_columns: Any = [
-            "input_ids",
-            "attention_mask",
-            "labels",
-            "token_type_ids",
-            "position_ids",
-        ]
+        self._signature_columns: Any = list(COLUMNS)

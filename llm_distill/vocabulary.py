@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from llm_distill.errors import InputError
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from llm_distill.teachers import Teacher
 
 logger = logging.getLogger(__name__)
+
+SAMPLE = "Don't panic: 12,345 naïve cafés — 東京, Ελλάδα!\n\tdef f(x): return x ** 2  # ok"
+"""Cut by both tokenizers: one vocabulary may still come with other merges or normalisers."""
 
 
 def settle_tokenizers(
@@ -77,6 +81,19 @@ def check_vocabularies(
                 f"the tokenizers differ: token {index} is {ours.get(index)!r} for the student "
                 f"{names[0]} and "
                 f"{theirs.get(index)!r} for the teacher {names[1]}; token-level distillation needs "
-                "one vocabulary: choose "
-                "a student and a teacher of one family, or give both the same tokenizer"
+                "one vocabulary: choose a student and a teacher of one family, or give both the "
+                "same tokenizer"
             )
+    one, other = (list(t(SAMPLE).input_ids) for t in (student, teacher))
+    if one != other:
+        place = next(k for k, (a, b) in enumerate(zip_longest(one, other)) if a != b)
+        raise InputError(
+            f"the tokenizers of the student {names[0]} and the teacher {names[1]} have one "
+            f"vocabulary and cut text differently: token {place} of {SAMPLE!r} is "
+            f"{_token(student, one, place)} and {_token(teacher, other, place)}; give both the same"
+        )
+
+
+def _token(tokenizer: PreTrainedTokenizerBase, ids: list[int], place: int) -> str:
+    """A token of an encoded text, for a message."""
+    return repr(tokenizer.convert_ids_to_tokens(ids[place])) if place < len(ids) else "missing"

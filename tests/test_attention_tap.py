@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm_distill.attention_tap import MARK, PREFIX, Tap, discover, install, mark
+from llm_distill.attention_tap import MARK, PREFIX, Tap, clear, discover, install, mark
 from llm_distill.rows import Queries
 from tests import tiny
 
@@ -75,6 +75,16 @@ def test_a_closed_tap_keeps_nothing(teacher: Any) -> None:
     tap = mark([teacher.model.layers[1].self_attn])[0]
     tap.queries = queries([0], [0], [0])
     teacher(**{k: v for k, v in tiny.batch().items() if k != "labels"})
+    assert tap.caught is None
+
+
+def test_cleared_taps_are_idle(teacher: Any) -> None:
+    """Left over from a reader that was never released."""
+    install(teacher)
+    tap = mark([teacher.model.layers[1].self_attn])[0]
+    tap.queries, tap.open = queries([11], [11], [11]), True
+    clear(teacher)
+    teacher(torch.arange(4)[None])
     assert tap.caught is None
 
 

@@ -9,10 +9,11 @@ import torch
 from llm_distill import AttentionMaps, CrossEntropy, HiddenStates, Logits, binding, schedules
 from llm_distill import heads as head_rules
 from llm_distill import layers as layer_maps
+from llm_distill.collation import RowCollator
 from llm_distill.data import Collator
 from llm_distill.errors import InputError
 from llm_distill.objectives import QueryPlan
-from llm_distill.rows import Queries, RowCollator
+from llm_distill.rows import Queries
 from llm_distill.signals import ModelSpec, Request
 from tests import tiny
 

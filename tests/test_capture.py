@@ -9,9 +9,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from llm_distill.capture import Reader, plain, predicts_next, refuse_layers
+from llm_distill.collation import RowCollator
 from llm_distill.objectives import QueryPlan
 from llm_distill.preparation import make_batch
-from llm_distill.rows import Batch, RowCollator
+from llm_distill.rows import Batch
 from llm_distill.signals import Dense, ModelSpec, Request
 from tests import tiny
 

@@ -7,9 +7,11 @@ import torch
 
 from llm_distill import AttentionMaps, CrossEntropy, HiddenStates, Logits
 from llm_distill.binding import bind, needs_valid, query_plan, teacher_request
-from llm_distill.distiller import MEASURES, Distiller
+from llm_distill.collation import RowCollator
+from llm_distill.distiller import Distiller
+from llm_distill.objectives import MEASURES
 from llm_distill.preparation import make_batch
-from llm_distill.rows import Batch, RowCollator, Step
+from llm_distill.rows import Batch, Step
 from llm_distill.signals import ModelSpec, Request
 from llm_distill.teachers.local import Local
 from tests import tiny

@@ -247,3 +247,37 @@ class TestDefaults:
         args = self.check(tmp_path, metric_for_best_model=metric)
         assert args.metric_for_best_model == metric
         assert args.greater_is_better is greater
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("FSDP_VERSION", "1", "write fsdp_version: 2"),
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "without weights on all ranks but the first"),
+    ],
+)
+def test_sharding_that_cannot_work_is_refused(
+    name: str, value: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = tiny.arguments(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    check_arguments(args, {})
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message):
+        check_arguments(args, {})
+
+
+def test_noise_on_embeddings_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="neftune_noise_alpha"):
+        check_arguments(tiny.arguments(tmp_path, neftune_noise_alpha=5.0), {})
+
+
+def test_unmasked_rows_of_a_masked_model_are_refused(tmp_path: Path) -> None:
+    """Each token would tell itself."""
+    rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 4
+    args = tiny.arguments(tmp_path)
+    with pytest.raises(InputError, match="give data_collator=DataCollatorForLanguageModeling"):
+        prepare_run(tiny.bert(), tiny.bert(), [Logits()], args, {"train_dataset": rows})
+    masked = [{"input_ids": [5, 4, 7], "labels": [-100, 6, -100]}] * 4
+    prepare_run(tiny.bert(), tiny.bert(), [Logits()], args, {"train_dataset": masked})

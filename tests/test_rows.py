@@ -1,8 +1,8 @@
-"""Rows, queries and the collator: shift, padding, sampling."""
+"""Rows and queries: shift, padding, sampling."""
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ from llm_distill.rows import (
     IGNORED,
     Batch,
     Queries,
-    RowCollator,
     Rows,
     example_keys,
     sample_queries,
@@ -366,65 +365,3 @@ def test_a_batch_moves_as_one() -> None:
     bare = Batch({"input_ids": ids}, supervised).to("meta")
     assert bare.valid is None
     assert bare.queries is None
-
-
-def collator(
-    side: Side, *, shift: bool = True, valid: bool = False, **extra: Tensor
-) -> RowCollator:
-    ids, mask, labels = batch(side)
-    made: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "labels": labels, **extra}
-    return RowCollator(lambda examples: dict(made), shift=shift, valid=valid)
-
-
-@pytest.mark.parametrize("shift", [True, False])
-def test_the_collator_adds_rows_and_keys(shift: bool) -> None:
-    made = collator("right", shift=shift)([])
-    ids, mask, labels = batch("right")
-    assert said(made["rows"]) == said(supervised_rows(ids, mask, labels, shift=shift))
-    assert made["keys"] == example_keys(ids, mask)
-    assert made["valid"] is None
-    assert torch.equal(made["labels"], labels)
-    assert "position_ids" not in made
-
-
-def test_the_collator_adds_valid_rows_where_asked() -> None:
-    assert collator("right", valid=True)([])["valid"].per_sequence == (5, 2, 7)
-
-
-def test_left_padding_counts_positions_from_the_first_real_token() -> None:
-    positions = collator("left")([])["position_ids"]
-    for row, sequence in zip(positions, SEQUENCES, strict=True):
-        length = len(sequence)
-        assert row[-length:].tolist() == list(range(length))
-        assert not row[:-length].any()
-
-
-def test_positions_of_the_inner_collator_are_kept() -> None:
-    own = torch.arange(21).view(3, 7)
-    assert torch.equal(collator("left", position_ids=own)([])["position_ids"], own)
-
-
-def test_the_collator_needs_no_mask() -> None:
-    ids = torch.tensor([[5, 6, 7]])
-    inner = RowCollator(lambda examples: {"input_ids": ids, "labels": ids}, shift=True, valid=True)
-    made = inner([])
-    assert len(made["rows"]) == 2
-    assert len(made["valid"]) == 3
-    assert "position_ids" not in made
-
-
-def test_the_collator_does_not_write_into_what_it_was_given() -> None:
-    ids = torch.tensor([[5, 6, 7]])
-    given = {"input_ids": ids, "labels": ids}
-    RowCollator(lambda examples: given, shift=True, valid=False)([])
-    assert set(given) == {"input_ids", "labels"}
-
-
-def test_a_collator_without_labels_is_refused() -> None:
-    inner = RowCollator(
-        lambda examples: {"input_ids": torch.tensor([[5, 6]])}, shift=True, valid=False
-    )
-    with pytest.raises(
-        ValueError, match=r"gave \['input_ids'\] but no `labels`.*copy of input_ids"
-    ):
-        inner([])

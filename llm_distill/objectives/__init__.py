@@ -1,6 +1,7 @@
 """Objectives: what the student should match; specs whose `build` binds them to terms."""
 
 from llm_distill.objectives.base import (
+    MEASURES,
     Evidence,
     HeadTerm,
     Objective,
@@ -13,6 +14,7 @@ from llm_distill.objectives.features import AttentionMaps, HiddenStates
 from llm_distill.objectives.logits import CrossEntropy, Logits, row_wise
 
 __all__ = [
+    "MEASURES",
     "AttentionMaps",
     "CrossEntropy",
     "Evidence",

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 
-RESERVED = frozenset({"student_nll", "teacher_nll", "kl", "agreement"})
-"""What an evaluation measures beside the terms; no term may have one of these names."""
+MEASURES = ("student_nll", "teacher_nll", "kl", "agreement")
+"""What an evaluation measures beside the terms, in this order; no term may have such a name."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def named(objectives: Sequence[Objective]) -> dict[str, Objective]:
         kind = type(objective).__name__
         seen[kind] = seen.get(kind, 0) + 1
         name = objective.name or (kind if seen[kind] == 1 else f"{kind}.{seen[kind]}")
-        if name in RESERVED:
+        if name in MEASURES:
             raise ValueError(
                 f"objectives: one is named {name!r}, as a figure of every evaluation; write another"
             )

@@ -1,4 +1,4 @@
-"""A small Llama, trained on the text with the plain `transformers.Trainer`, once."""
+"""A small Qwen3, trained on the text with the plain `transformers.Trainer`, once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ARCHITECTURE: dict[str, Any] = {
     "initializer_range": 0.05,
 }
 TRAINING: dict[str, Any] = {
-    "learning_rate": 3e-3,
+    "learning_rate": 4e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
     "weight_decay": 0.1,
@@ -86,12 +86,12 @@ def train(corpus: Corpus, settings: Settings) -> None:
 
 def build(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
     """The teacher before its training."""
-    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+    from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed
 
     set_seed(seed)
     ids: Any = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config: Any = {"vocab_size": len(tokenizer), "bos_token_id": None, **ids, **ARCHITECTURE}
-    return LlamaForCausalLM(LlamaConfig(**config))
+    return Qwen3ForCausalLM(Qwen3Config(**config))
 
 
 def _manifest(corpus: Corpus, settings: Settings) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from llm_distill import layers as layer_maps
 from llm_distill.binding import make_batch
 from llm_distill.capture import Reader
+from llm_distill.collation import RowCollator
 from llm_distill.data import Collator
 from llm_distill.objectives import Evidence, Objective, QueryPlan, Term
-from llm_distill.rows import Batch, RowCollator, RowKind, Step
+from llm_distill.rows import Batch, RowKind, Step
 from llm_distill.signals import ModelSpec, Request, Signals
 from tests import tiny
 

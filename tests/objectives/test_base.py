@@ -11,8 +11,8 @@ from torch import Tensor
 
 from llm_distill import AttentionMaps, CrossEntropy, HiddenStates, Logits, schedules
 from llm_distill.binding import make_batch
+from llm_distill.collation import RowCollator
 from llm_distill.data import Collator
-from llm_distill.distiller import MEASURES
 from llm_distill.objectives import (
     Evidence,
     HeadTerm,
@@ -24,12 +24,11 @@ from llm_distill.objectives import (
     row_wise,
 )
 from llm_distill.objectives.base import (
-    RESERVED,
     check_choice,
     check_evidence,
     check_row_function,
 )
-from llm_distill.rows import Batch, RowCollator
+from llm_distill.rows import Batch
 from llm_distill.signals import ModelSpec, Request
 from tests import tiny
 
@@ -125,7 +124,6 @@ class TestNamed:
             named([Logits(), CrossEntropy(name="Logits")])
 
     def test_the_figures_of_an_evaluation_are_taken(self) -> None:
-        assert set(MEASURES) == RESERVED
         with pytest.raises(ValueError, match="one is named 'kl', as a figure of every evaluation"):
             named([Logits(name="kl")])
 

@@ -11,10 +11,11 @@ from transformers import AutoModel, AutoTokenizer, LlamaModel, PreTrainedModel
 
 from llm_distill import Local
 from llm_distill.binding import make_batch
+from llm_distill.collation import RowCollator
 from llm_distill.data import Collator
 from llm_distill.errors import InputError
 from llm_distill.objectives import QueryPlan
-from llm_distill.rows import Batch, RowCollator
+from llm_distill.rows import Batch
 from llm_distill.signals import Dense, Factored, Request
 from llm_distill.teachers.local import LocalSource, moved
 from tests import on_disk, tiny

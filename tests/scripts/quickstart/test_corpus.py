@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from scripts._quickstart import corpus
 from scripts._quickstart.corpus import Corpus, language_reference, library_docstrings, prose, split
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SENTENCE = "This is one whole sentence about number {}."
 

@@ -3,13 +3,16 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from io import StringIO
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from rich.console import Console, RenderableType
 
 from scripts._quickstart import report
 from scripts._quickstart.measure import Row
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 TWIN = Row("SFT twin", 140.0, 0.75, 0.5, 1000, 50_000.0, "twin [writes] this")
 BETTER = {"perplexity": 120.0, "kl": 0.4, "agreement": 0.6}

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import AutoTokenizer
 
 from scripts._quickstart.tokenizer import END, PAD, train_tokenizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 TEXT = "The tokens of a text are the words of the text. " * 20
 

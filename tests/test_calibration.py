@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import pytest
@@ -21,11 +21,15 @@ from llm_distill import (
     Logits,
 )
 from llm_distill import heads as head_rules
+from llm_distill.calibration import CALIBRATION_EXAMPLES, calibrate
+from llm_distill.collation import RowCollator
 from llm_distill.data import Collator
-from llm_distill.preparation import CALIBRATION_EXAMPLES, Run, prepare_run
-from llm_distill.rows import RowCollator, RowKind
+from llm_distill.preparation import Run, prepare_run
 from llm_distill.signals import Request
 from tests import on_disk, tiny
+
+if TYPE_CHECKING:
+    from llm_distill.rows import RowKind
 
 
 @pytest.fixture
@@ -158,7 +162,7 @@ class TestCalibrated:
         before = prepared(model, teacher, *objectives, args=args, **given)
         model.train()
         source = before.teacher.open(before.teacher_request, args.device)
-        after = before.calibrated(model, source, args)
+        after = calibrate(before, model, source, args)
         assert model.training
         return before, after
 
@@ -187,7 +191,7 @@ class TestCalibrated:
                 block.self_attn.attention_dropout = dropout
             run = prepared(model, teacher, *self.OBJECTIVES, args=args, train_dataset=tiny.rows(8))
             source = run.teacher.open(run.teacher_request, args.device)
-            notes.append(run.calibrated(model, source, args).terms["HiddenStates"].notes)
+            notes.append(calibrate(run, model, source, args).terms["HiddenStates"].notes)
         assert notes[0] == notes[1]
 
     def test_the_first_examples_decide(self, tmp_path: Path) -> None:
