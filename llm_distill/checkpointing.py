@@ -32,8 +32,8 @@ class StudentTrainer(Trainer):
 
     Attributes:
         run: What was prepared.
-        data: What the card says of the training data.
-        evaluation_data: What it says of the evaluation data.
+        data: What the card says of the training data; by default what that says of itself.
+        evaluation_data: The same for the evaluation data.
     """
 
     run: Run
@@ -51,6 +51,18 @@ class StudentTrainer(Trainer):
     def student(self) -> nn.Module:
         """The model being trained, a plain transformers or PEFT model."""
         return self.distiller.student
+
+    def end(self) -> None:
+        """As in Trainer, DDP's wrapper before the process group.
+
+        The other way round, the wrapper takes the group's last reference along, and joins gloo's
+        threads while it holds the interpreter's lock that they may wait for: a run that is done
+        and never ends.
+        """
+        self.accelerator.wait_for_everyone()
+        self.model_wrapped = cast("nn.Module", self.model)
+        self.accelerator.free_memory()
+        super().end()
 
     # Writing
 
@@ -126,9 +138,14 @@ class StudentTrainer(Trainer):
             teacher=publishing.model_facts(run.teacher, run.teacher.spec, whole),
             objectives=publishing.objective_facts(run.objectives),
             layer_map=publishing.layer_maps(run.terms),
-            evaluation_data=self.evaluation_data,
+            evaluation_data=self.evaluation_data or publishing.data_facts(self.eval_dataset),
             task="text-generation" if run.shift else "fill-mask",
-            **publishing.run_facts(self.args, self.state, student=student, data=self.data),
+            **publishing.run_facts(
+                self.args,
+                self.state,
+                student=student,
+                data=self.data or publishing.data_facts(self.train_dataset),
+            ),
         )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

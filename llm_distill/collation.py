@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from llm_distill.errors import InputError
 from llm_distill.rows import example_keys, supervised_rows, valid_rows
@@ -58,6 +60,37 @@ class RowCollator:
                 f"a batch is {length} tokens long and the models have {self.positions} positions; "
                 "cut the sequences, or give a dataset of `datasets`, which is cut here"
             )
+
+
+def first_batch(
+    collator: RowCollator, examples: Iterable[Any], *, rows_needed: bool
+) -> dict[str, Any] | None:
+    """The first example that has a row, collated alone; None where there are no examples.
+
+    Args:
+        collator: May draw; the random numbers of others stay as they are.
+        examples: As the collator takes them.
+        rows_needed: Whether an example without a supervised token is of no use.
+
+    Raises:
+        InputError: For what the collator refuses, or if no example has a row.
+    """
+    looked = 0
+    for example in examples:
+        with torch.random.fork_rng(devices=[]):
+            try:
+                batch = collator([example])
+            except ValueError as error:
+                raise InputError(str(error)) from error
+        if len(batch["rows"]) or not rows_needed:
+            return batch
+        looked += 1
+    if not looked:
+        return None
+    raise InputError(
+        f"0 supervised tokens in the first {looked:,} examples of train_dataset: every label is "
+        "-100; leave `labels` out to supervise all tokens, or give a data_collator that sets them"
+    )
 
 
 def _padded_left(mask: Tensor) -> bool:

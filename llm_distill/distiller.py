@@ -73,6 +73,10 @@ class Distiller(nn.Module):
         """The student's, called by Accelerate after sharding."""
         cast("Any", self.student).tie_weights(*args, **kwargs)
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Write the plain student, as `trainer.model.save_pretrained(folder)` would for Trainer."""
+        cast("Any", self.student).save_pretrained(*args, **kwargs)
+
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """The student's.
 
@@ -105,23 +109,19 @@ class Distiller(nn.Module):
         signals = self._reader.read(batch, extra=LOGITS if step.measure else None)
         shares = step.shares
         loss = torch.zeros((), device=shares.device)
-        sums = torch.zeros(len(self.terms), device=shares.device)
         head_terms = [k for k, term in enumerate(self.terms) if isinstance(term, HeadTerm)]
-        measured = torch.zeros(len(MEASURES), device=shares.device)
+        values = shares.new_zeros(0)
         if head_terms or step.measure:
             loss, values = self._head(head_terms, signals, teacher, batch, step)
-            sums = sums.to(values.dtype).index_put(
-                (torch.tensor(head_terms, device=sums.device),), values[: len(head_terms)]
-            )
-            measured = values[len(head_terms) :]
+        sums = dict(zip(head_terms, values, strict=False))
         for k, term in enumerate(self.terms):
-            if k not in head_terms:
+            if k not in sums:
                 value = term(signals, teacher, batch, step)
                 loss = loss + shares[k] * value
-                sums[k] = value.detach()
-        if step.measure:
-            sums = torch.cat([sums, measured])
-        return loss, sums, self._reader.full_logits(batch) if step.logits else None
+                sums[k] = value.detach().to(values.dtype)
+        measured = values[len(head_terms) :]
+        kept = torch.cat([torch.stack([sums[k] for k in range(len(self.terms))]), measured])
+        return loss, kept, self._reader.full_logits(batch) if step.logits else None
 
     def _head(
         self, chosen: Sequence[int], student: Signals, teacher: Signals, batch: Batch, step: Step
@@ -130,10 +130,10 @@ class Distiller(nn.Module):
         own = cast("Factored", student.logits)
         terms = [cast("HeadTerm", self.terms[k]) for k in chosen]
         functions: list[RowFunction] = [cast("RowFunction", term.values) for term in terms]
-        shares = step.shares[list(chosen)]
+        shares = [step.shares[k] for k in chosen]  # one by one: a list as index waits for the GPU
         if step.measure:
             functions += _measures(min(len(own.head.weight), _vocabulary(teacher)))
-            shares = torch.cat([shares, shares.new_zeros(len(MEASURES))])
+            shares += step.shares.new_zeros(len(MEASURES)).unbind()
         asks_teacher = step.measure or any(term.teacher.logits for term in terms)
         work = Work(
             functions=functions,
@@ -143,7 +143,7 @@ class Distiller(nn.Module):
             chunk=rows_per_chunk(len(own.head.weight)),
         )
         return head_pass(
-            own.head.features(own.hidden), own.head.weight, own.head.bias, shares, work
+            own.head.features(own.hidden), own.head.weight, own.head.bias, torch.stack(shares), work
         )
 
 

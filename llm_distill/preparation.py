@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
 from llm_distill import binding, loading
 from llm_distill.binding import make_batch
 from llm_distill.capture import plain, predicts_next
-from llm_distill.collation import RowCollator
-from llm_distill.data import Collator
+from llm_distill.collation import RowCollator, first_batch
+from llm_distill.data import Collator, Prepared
 from llm_distill.data.given import first_of, tokenised
 from llm_distill.errors import InputError
 from llm_distill.objectives import Objective, Term
@@ -34,6 +33,9 @@ __all__ = ["Run", "check_arguments", "make_batch", "prepare_run"]
 COLUMNS = ("input_ids", "attention_mask", "labels", "token_type_ids", "position_ids")
 """What collators and models read; `remove_unused_columns` takes the others away."""
 
+CHECKED = 1000
+"""Examples that are looked at before training, for one that has something supervised."""
+
 LOWER_IS_BETTER = ("kl", "perplexity")
 """Figures of an evaluation that transformers would maximise, as everything that is no `loss`."""
 
@@ -50,7 +52,7 @@ class Run:
         terms: The objectives, bound as far as that is possible without data.
         shift: Whether the models are causal.
         kwargs: For `Trainer`, with tokenizer, collator and datasets filled in.
-        reports: What became of the rows of datasets that were tokenised here.
+        prepared: What became of the rows of datasets that were tokenised here, by their names.
     """
 
     model: Student
@@ -60,7 +62,7 @@ class Run:
     terms: Mapping[str, Term]
     shift: bool
     kwargs: dict[str, Any]
-    reports: tuple[str, ...] = ()
+    prepared: Mapping[str, Prepared] = field(default_factory=dict)
 
     @property
     def teacher_request(self) -> Request:
@@ -114,16 +116,16 @@ def prepare_run(
     tokenizer = settle_tokenizers(model, master, student, filled.get("processing_class"))
     filled["processing_class"] = tokenizer
     positions = min((s.positions for s in (student, master.spec) if s.positions), default=None)
-    reports: list[str] = []
+    seen: dict[str, Prepared] = {}
     collator = filled.get("data_collator")
     for name in ("train_dataset", "eval_dataset"):
         dataset, own = filled.get(name), collator is not None
-        filled[name] = tokenised(dataset, tokenizer, positions, reports, name, keep_tokens=own)
+        filled[name] = tokenised(dataset, tokenizer, positions, seen, name, keep_tokens=own)
     if collator is None:
         filled["data_collator"] = (
             Collator.of(tokenizer) if tokenizer is not None else Collator(pad_token_id=0)
         )
-    run = Run(model, student, master, tuple(objectives), terms, shift, filled, tuple(reports))
+    run = Run(model, student, master, tuple(objectives), terms, shift, filled, seen)
     _check_training_data(run, args)
     return run
 
@@ -220,7 +222,8 @@ def _check_training_data(run: Run, args: TrainingArguments) -> None:
     """Refuse training data that the objectives or the collator have no use for.
 
     Raises:
-        InputError: For several splits at once, rows without labels, or nothing to calibrate on.
+        InputError: For several splits at once, labels that are missing or all masked, or nothing
+            to calibrate on.
     """
     dataset = run.kwargs.get("train_dataset")
     if isinstance(dataset, Mapping):
@@ -233,13 +236,12 @@ def _check_training_data(run: Run, args: TrainingArguments) -> None:
             "there is no train_dataset to calibrate on; give one, or write init: random and heads: "
             "mean or group"
         )
-    example = first_of(dataset)
-    if example is not None:
-        with torch.random.fork_rng(devices=[]):
-            try:
-                batch = run.collator([readable(example, args)])
-            except ValueError as error:
-                raise InputError(str(error)) from error
+    batch = first_batch(
+        run.collator,
+        (readable(example, args) for example in first_of(dataset, CHECKED)),
+        rows_needed=any(term.rows == "supervised" for term in run.terms.values()),
+    )
+    if batch is not None:
         _check_masked(run, batch)
 
 

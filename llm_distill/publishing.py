@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 
 from llm_distill import schedules
@@ -79,6 +80,24 @@ def layer_maps(terms: Mapping[str, Term]) -> str | None:
     return "\n\n".join(parts) or None
 
 
+def data_facts(dataset: object) -> DataFacts | None:
+    """What a `datasets` object knows of itself; a recipe knows more (its Hub id or path).
+
+    Returns:
+        None for several datasets, none, or what is no `datasets` object.
+    """
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return None
+    split = None if dataset.split is None else f"split {dataset.split}"
+    count = f"{len(dataset):,} examples" if isinstance(dataset, Dataset) else None
+    return DataFacts(
+        # The loaders of files carry the name of the file type.
+        name=dataset.info.dataset_name or "a dataset made in Python",
+        origin="local",
+        part=", ".join(part for part in (split, count) if part) or None,
+    )
+
+
 def run_facts(
     args: TrainingArguments, state: TrainerState, *, student: nn.Module, data: DataFacts | None
 ) -> dict[str, Any]:
@@ -106,6 +125,7 @@ def name_of(args: TrainingArguments) -> str:
 __all__ = [
     "PUBLISHED",
     "CardFacts",
+    "data_facts",
     "layer_maps",
     "model_facts",
     "name_of",

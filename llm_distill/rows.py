@@ -114,7 +114,7 @@ class Queries:
             for sequence, count in enumerate(self.per_sequence)
             for column in range(min(count, stop) - start)
         ]
-        return torch.tensor(wanted, dtype=torch.long, device=self.flat.device)
+        return torch.tensor(wanted, dtype=torch.long).to(self.flat.device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from llm_distill.evaluation import Tally, evaluation_metrics
 from llm_distill.objectives import MEASURES, CrossEntropy, Logits, Objective
 from llm_distill.preparation import COLUMNS, make_batch, prepare_run
 from llm_distill.rows import Batch, Step
+from llm_distill.signals import Request, Signals
 from llm_distill.students import Student, load_student
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class DistillTrainer(StudentTrainer):
             tokenizer by default, `data_collator` one that pads `input_ids` and `labels`.
 
     Attributes:
-        announces: Whether `train` shows the table of objectives first.
+        announces: Whether `train` shows the table of objectives, and what became of the data.
 
     Raises:
         InputError: For anything that cannot work, before weights load.
@@ -100,14 +101,19 @@ class DistillTrainer(StudentTrainer):
         return int(self.accelerator.num_processes // self.get_tp_size())
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in Trainer; before it starts, rank 0 shows objectives, weights and layer maps."""
-        if self.announces and self.is_world_process_zero():
-            table = binding.describe(self.run.objectives, self.run.terms)
-            Console(stderr=True, highlight=False).print(
-                "\n".join((*self.run.reports, table)), markup=False
-            )
+        """As in Trainer; rank 0 shows objectives and layer maps before, counts of streams after."""
+        prepared = self.run.prepared.items()
+        table = binding.describe(self.run.objectives, self.run.terms)
+        self._announce(*(f"{name}: {found.report}" for name, found in prepared), table)
         output: TrainOutput = super().train(*args, **kwargs)
+        counted = ((name, found.counter) for name, found in prepared)
+        self._announce(*(f"{name}, read: {c.report()}" for name, c in counted if c is not None))
         return output
+
+    def _announce(self, *lines: str) -> None:
+        """Show lines on rank 0, unless somebody else tells them."""
+        if lines and self.announces and self.is_world_process_zero():
+            Console(stderr=True, highlight=False).print("\n".join(lines), markup=False)
 
     # A step
 
@@ -139,9 +145,15 @@ class DistillTrainer(StudentTrainer):
             num_items_in_batch = self._summed([batch])
         progress = self.state.global_step / max(self.state.max_steps, 1)
         shares = self._weights(progress) * self._ranks / cast("Tensor", num_items_in_batch)
-        loss, sums, _ = model(batch, self._source(batch), Step(progress, shares))
+        loss, sums, _ = model(batch, self._taught(batch), Step(progress, shares))
         self._logged.add(sums, counts)
         return (loss, {"loss": loss, "sums": sums}) if return_outputs else loss
+
+    def _taught(self, batch: Batch) -> Signals:
+        """What the teacher says; it does not run where no term listens, as under cross-entropy."""
+        if binding.teacher_request(self.run.terms) == Request():
+            return Signals(f"teacher {self.run.teacher.spec.name}")
+        return self._source(batch)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """Items of each term in the micro-batches of a step, over all ranks: `[K]`, at least 1."""
@@ -166,7 +178,8 @@ class DistillTrainer(StudentTrainer):
     def _weights(self, progress: float) -> Tensor:
         """Weight of each term: `[K]`."""
         weights = [schedules.at(o.weight, progress) for o in self.run.objectives]
-        return torch.tensor(weights, dtype=torch.float32, device=self.args.device)
+        # To the device without waiting for it: this is called for every micro-batch.
+        return torch.tensor(weights, dtype=torch.float32).to(self.args.device, non_blocking=True)
 
     def _batch(self, inputs: dict[str, Any]) -> Batch:
         """The training batch in what the row collator made, kept beside it."""

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from scripts._quickstart.corpus import NoTextError
 from scripts._quickstart.settings import Settings
 
 if TYPE_CHECKING:
@@ -25,12 +26,16 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; it is 0 whoever wins."""
+    """Run the command line; it returns 0 whoever wins."""
     settings = parse(sys.argv[1:] if argv is None else argv)
     quiet()
     from rich.console import Console
 
-    run(settings, Console(highlight=False))
+    try:
+        run(settings, Console(highlight=False))
+    except NoTextError as error:
+        sys.stderr.write(f"quickstart: {error}\n")
+        return 1
     return 0
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from tests import tiny
 from tests.fsdp2_on_cpu import fsdp2_on_cpu
+from tests.launch import finish
 
 EMPTY = (0, 1, 2, 3, 9)
 """Rows without any supervised token: the first micro-batch of rank 0 has none."""
@@ -77,9 +78,7 @@ def main(engine: str, folder: Path) -> None:
             facts |= _numbers(trainer, f"{label} {batch}")
     if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save(facts, folder / f"{engine}.pt")
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    finish()
 
 
 def _engine(trainer: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from tests import tiny
 from tests.exactness_worker import objectives
 from tests.fsdp2_on_cpu import fsdp2_on_cpu
+from tests.launch import finish
 
 
 def main(folder: Path) -> None:
@@ -53,8 +54,7 @@ def main(folder: Path) -> None:
         AcceleratorState._reset_state(reset_partial_state=False)
     if dist.get_rank() == 0:
         torch.save(facts, folder / "dtypes.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    finish()
 
 
 if __name__ == "__main__":

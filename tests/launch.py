@@ -1,9 +1,12 @@
-"""Starting test workers as one process or as two gloo ranks."""
+"""Starting test workers as one process or as two gloo ranks, and ending them."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
+
+import torch.distributed as dist
 
 ROOT = Path(__file__).parent.parent
 
@@ -16,17 +19,8 @@ def launch(module: str, *arguments: str, ranks: int = 1, timeout: int = 180) -> 
     """
     command = [sys.executable, "-m", module, *arguments]
     if ranks > 1:
-        run = ["torch.distributed.run", "--nproc_per_node", str(ranks), "--rdzv_backend", "c10d"]
-        command = [
-            sys.executable,
-            "-m",
-            *run,
-            "--rdzv_endpoint",
-            "localhost:0",
-            "-m",
-            module,
-            *arguments,
-        ]
+        run = ["torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
+        command = [sys.executable, "-m", *run, "-m", module, *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command,
@@ -39,3 +33,16 @@ def launch(module: str, *arguments: str, ranks: int = 1, timeout: int = 180) -> 
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout
+
+
+def finish() -> NoReturn:
+    """End a worker once all its ranks are done.
+
+    Without Python's own teardown: gloo's threads sometimes abort in it ("terminate called without
+    an active exception"), after all work is done and written.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -14,6 +14,7 @@ from peft import LoraConfig
 from tests import tiny
 from tests.exactness_worker import objectives, whole
 from tests.fsdp2_on_cpu import fsdp2_on_cpu
+from tests.launch import finish
 
 STUDENTS = ("plain", "tied", "lora")
 
@@ -70,9 +71,7 @@ def main(engine: str, folder: Path) -> None:
         resumed.save_model(str(out / "final"))
     if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save(facts, folder / f"{engine}.pt")
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    finish()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import (
     DataCollatorForLanguageModeling,
     PreTrainedTokenizerFast,
@@ -59,7 +60,7 @@ class TestPrepared:
         end = [tokenizer.eos_token_id]
         ids = [tokenizer(text)["input_ids"] + end for text in on_disk.SENTENCES]
         assert run.kwargs["train_dataset"]["input_ids"][:] == ids
-        assert [r.split(": ")[0] for r in run.reports] == ["train_dataset", "eval_dataset"]
+        assert list(run.prepared) == ["train_dataset", "eval_dataset"]
         assert run.kwargs["data_collator"] == Collator.of(tokenizer)
 
     def test_the_teacher_gives_logits_where_there_is_an_evaluation(
@@ -201,6 +202,25 @@ class TestCalibrated:
         _, first = self.run(tmp_path, *self.OBJECTIVES, rows=few)
         a, b = (run.terms["HiddenStates"].state_dict() for run in (whole, first))
         assert all(torch.equal(a[key], b[key]) for key in a)
+
+    def test_rank_0_decides_for_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Every tensor of every term, projectors and matched heads, becomes what rank 0 sends."""
+        _, alone = self.run(tmp_path, *self.OBJECTIVES)
+        sent: list[tuple[int, ...]] = []
+
+        def broadcast(tensor: torch.Tensor, src: int) -> None:
+            assert src == 0
+            sent.append(tuple(tensor.shape))
+            tensor.fill_(3)
+
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(dist, "broadcast", broadcast)
+        _, run = self.run(tmp_path, *self.OBJECTIVES)
+        states = [term.state_dict() for term in run.terms.values()]
+        assert sent == [tuple(v.shape) for state in states for v in state.values()]
+        assert len(sent) == 5  # two projectors with their biases, and the heads
+        assert all((v == 3).all() for state in states for v in state.values())
+        assert not any((v == 3).all() for v in alone.terms["HiddenStates"].state_dict().values())
 
     def test_it_helps(self, tmp_path: Path) -> None:
         losses = []

@@ -79,7 +79,7 @@ def test_left_and_right_padding_agree(family: str) -> None:
     reader = Reader(model, everything(model), family)
     values = []
     for inputs in (right, left):
-        collate = RowCollator(lambda _, inputs=inputs: dict(inputs), shift=True, valid=True)  # type: ignore[misc]
+        collate = RowCollator(lambda _, inputs=inputs: dict(inputs), shift=True, valid=True)  # type: ignore[misc]  # mypy cannot infer a lambda with a default
         batch = make_batch(collate([]), QueryPlan(4, "valid"), seed=0, epoch=0)
         signals = reader.read(batch)
         assert batch.valid is not None
@@ -161,6 +161,26 @@ def test_only_asked_signals_are_kept(teacher: Any) -> None:
         _ = signals.logits
     with pytest.raises(LookupError, match="not asked for hidden state 1; it has \\[2\\]"):
         signals.hidden(1, batch_of(teacher).supervised)
+
+
+def test_a_hidden_state_that_does_not_come_is_refused_by_name(student: Any) -> None:
+    """Never silently zero: a backbone that returns fewer states than its config promises."""
+    student.config.num_hidden_layers = 3
+    with pytest.raises(ValueError, match=r"odd \(LlamaForCausalLM\) gives no hidden state 3"):
+        Reader(student, Request(hidden=frozenset({3})), "odd")
+
+
+def test_no_cache_is_made(teacher: Any) -> None:
+    asked: list[Any] = []
+
+    def look(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        asked.append((kwargs["use_cache"], output.past_key_values))
+
+    reader = Reader(teacher, everything(teacher), "teacher")
+    teacher.model.register_forward_hook(look, with_kwargs=True)
+    assert teacher.config.use_cache
+    reader.read(batch_of(teacher))
+    assert asked == [(False, None)]
 
 
 def test_soft_capped_heads_are_read() -> None:

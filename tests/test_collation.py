@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_distill.collation import RowCollator
+from llm_distill.collation import RowCollator, first_batch
+from llm_distill.data import Collator
 from llm_distill.errors import InputError
 from llm_distill.rows import example_keys, supervised_rows
 from tests.test_rows import SEQUENCES, Side, batch, said
@@ -82,3 +83,32 @@ def test_batches_longer_than_the_positions_are_refused() -> None:
     short = RowCollator(lambda examples: dict(made), shift=True, valid=False, positions=8)
     with pytest.raises(InputError, match="9 tokens long and the models have 8 positions"):
         short([])
+
+
+MASKED: dict[str, list[int]] = {"input_ids": [5, 6, 7], "labels": [-100, -100, -100]}
+SUPERVISED: dict[str, list[int]] = {"input_ids": [5, 8], "labels": [-100, 8]}
+
+
+class TestFirstBatch:
+    COLLATOR = RowCollator(Collator(pad_token_id=0), shift=True, valid=True)
+
+    def test_it_goes_on_to_the_first_example_with_a_row_and_no_further(self) -> None:
+        examples = iter([MASKED, MASKED, SUPERVISED, MASKED])
+        batch = first_batch(self.COLLATOR, examples, rows_needed=True)
+        assert batch is not None
+        assert batch["input_ids"].tolist() == [[5, 8]]
+        assert list(examples) == [MASKED]
+
+    def test_all_masked_is_refused(self) -> None:
+        with pytest.raises(
+            InputError, match=r"0 supervised tokens in the first 3 .* is -100; leave"
+        ):
+            first_batch(self.COLLATOR, [MASKED] * 3, rows_needed=True)
+
+    def test_valid_tokens_need_no_label(self) -> None:
+        batch = first_batch(self.COLLATOR, [MASKED, SUPERVISED], rows_needed=False)
+        assert batch is not None
+        assert batch["input_ids"].shape == (1, 3)
+
+    def test_without_examples_there_is_nothing_to_say(self) -> None:
+        assert first_batch(self.COLLATOR, [], rows_needed=True) is None

@@ -1,16 +1,22 @@
 """Student and terms as one module: sums, shares, empty batches, and what wrappers look at."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
 from llm_distill import AttentionMaps, CrossEntropy, HiddenStates, Logits
 from llm_distill.binding import bind, needs_valid, query_plan, teacher_request
 from llm_distill.collation import RowCollator
 from llm_distill.distiller import Distiller
+from llm_distill.evaluation import Tally
 from llm_distill.objectives import MEASURES
 from llm_distill.preparation import make_batch
+from llm_distill.projectors import fit_least_squares
 from llm_distill.rows import Batch, Step
 from llm_distill.signals import ModelSpec, Request
 from llm_distill.teachers.local import Local
@@ -119,6 +125,44 @@ def test_pads_change_neither_values_nor_gradients() -> None:
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-5)
     for a, b in zip(results[0][1], results[1][1], strict=True):
         assert torch.allclose(a, b, atol=1e-4 * max(1.0, float(a.abs().max())))
+
+
+def test_it_saves_the_plain_student(tmp_path: Path) -> None:
+    """`trainer.model.save_pretrained(folder)`, as one writes it with Trainer."""
+    distiller = parts()[0]
+    distiller.save_pretrained(tmp_path)
+    auto: Any = AutoModelForCausalLM
+    model, report = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    own = distiller.student.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in model.state_dict().items())
+
+
+def test_the_host_waits_for_no_tensor() -> None:
+    """Neither sums nor shares are read where they are made: a GPU would have to finish first."""
+    waited: list[str] = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default:
+                caller = sys._getframe(1)
+                if "llm_distill" in Path(caller.f_code.co_filename).parts:
+                    waited.append(f"{caller.f_code.co_filename}:{caller.f_lineno}")
+            return func(*args, **(kwargs or {}))
+
+    distiller, source, batch = parts()
+    given = batch(tiny.batch())
+    theirs, tally = source(given), Tally(distiller.names, torch.device("cpu"))
+    with Watching():
+        loss, sums, _ = distiller(given, theirs, step([0.3, 0.5, 0.7, 0.2]))
+        tally.add(sums, [1] * len(distiller.names))
+        loss.backward()
+    assert waited == []
+    with Watching():  # which does see a number that the package reads
+        fit_least_squares(torch.nn.Linear(1, 1), torch.rand(3, 1), torch.rand(3, 1))
+    assert len(waited) == 1
 
 
 def test_what_wrappers_look_at() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    BloomConfig,
     PreTrainedModel,
     TrainingArguments,
 )
@@ -18,6 +19,7 @@ from transformers import (
 from llm_distill import AttentionMaps, DistillTrainer, FromConfig, HiddenStates, Local, Logits
 from llm_distill import heads as head_rules
 from llm_distill import layers as layer_maps
+from llm_distill.data import Collator
 from llm_distill.errors import InputError
 from llm_distill.preparation import Run, check_arguments, prepare_run
 from tests import on_disk, tiny
@@ -92,6 +94,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "all labels masked": (
         {"train_dataset": tiny.rows(2, empty=(0, 1))},
         "0 supervised tokens in the 2 examples",
+    ),
+    "all labels masked, in a list": (
+        {"train_dataset": list(tiny.rows(2, empty=(0, 1)))},
+        "0 supervised tokens in the first 2 examples of train_dataset: every label is -100; leave",
+    ),
+    "all labels masked, for a collator of the user's own": (
+        {
+            "train_dataset": tiny.rows(2, empty=(0, 1)),
+            "data_collator": Collator(pad_token_id=0),
+        },
+        "0 supervised tokens in the first 2 examples",
     ),
     "no format": (
         {"train_dataset": datasets.Dataset.from_dict({"texts": ["a"]})},
@@ -171,6 +184,20 @@ class TestRefusedBeforeWeightsLoad:
     def test_a_teacher_that_is_not_there(self, saved: dict[str, Any], tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"is not a folder here; in .* 'teacher'"):
             DistillTrainer(**saved | {"teacher": saved["teacher"] + "s"})
+
+    def test_a_teacher_that_cannot_give_a_signal(
+        self, saved: dict[str, Any], tmp_path: Path
+    ) -> None:
+        """The teacher, the signal and the blocks are named, from its config alone."""
+        folder = str(tmp_path / "bloom")
+        BloomConfig(vocab_size=on_disk.VOCABULARY, n_layer=2).save_pretrained(folder)
+        args = tiny.arguments(tmp_path)
+        message = (
+            rf"{folder} \(bloom\) has no attention that can be read, and AttentionMaps asks for "
+            r"blocks \[1, 2\]; use Logits and HiddenStates"
+        )
+        with pytest.raises(InputError, match=message):
+            DistillTrainer(objectives=[AttentionMaps()], args=args, **saved | {"teacher": folder})
 
     def test_no_teacher(self, saved: dict[str, Any]) -> None:
         with pytest.raises(InputError, match="NoneType is no model; give a Hub id"):

@@ -3,11 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from huggingface_hub import ModelCard
 
-from llm_distill import CrossEntropy, FromConfig, HiddenStates, Logits
-from llm_distill.publishing import layer_maps, model_facts, name_of, objective_facts, versions
+from llm_distill import CrossEntropy, DistillTrainer, FromConfig, HiddenStates, Logits
+from llm_distill.card import DataFacts
+from llm_distill.publishing import (
+    data_facts,
+    layer_maps,
+    model_facts,
+    name_of,
+    objective_facts,
+    versions,
+)
 from llm_distill.signals import ModelSpec
 from tests import tiny
 from tests.hub_server import TOKEN, LocalHub, hub, run_with_hub, xet_hub
@@ -37,6 +46,8 @@ def test_pushed_student_loads_by_its_id(server: str, request: Any, tmp_path: Pat
     text = card.content
     for part in ("LlamaForCausalLM", "HiddenStates", "AttentionMaps", "forward_kl", "KL"):
         assert part in text
+    assert "on `a dataset made in Python` (32 examples)" in text
+    assert "| transformers | " in text
     assert str(tmp_path) not in text
 
 
@@ -98,6 +109,39 @@ def test_layer_maps_are_told_where_there_are_any(student: Any, teacher: Any) -> 
     text = layer_maps(bind([HiddenStates()], *specs, seed=0))
     assert text is not None
     assert "HiddenStates\nstudent layer | teacher layer   uniform" in text
+
+
+def test_a_dataset_says_what_it_knows_of_itself(tmp_path: Path) -> None:
+    assert data_facts(tiny.rows(3)) == DataFacts(
+        name="a dataset made in Python", origin="local", part="3 examples"
+    )
+    named = datasets.Dataset.from_dict(
+        {"a": [1] * 1200}, info=datasets.DatasetInfo(dataset_name="stories"), split="train"
+    )
+    assert data_facts(named) == DataFacts(
+        name="stories", origin="local", part="split train, 1,200 examples"
+    )
+    stream = tiny.rows(3).to_iterable_dataset()
+    assert data_facts(stream) == DataFacts(name="a dataset made in Python", origin="local")
+    assert data_facts([{"input_ids": [1]}]) is data_facts(None) is None
+
+
+def test_the_card_of_a_run_in_python_names_the_data(tmp_path: Path) -> None:
+    trainer = DistillTrainer(
+        tiny.llama("student"),
+        tiny.llama("teacher"),
+        args=tiny.arguments(tmp_path),
+        train_dataset=tiny.rows(3),
+        eval_dataset=tiny.rows(2),
+    )
+    facts = trainer.card_facts()
+    assert facts.data is not None
+    assert facts.data.part == "3 examples"
+    assert facts.evaluation_data is not None
+    assert facts.evaluation_data.part == "2 examples"
+    told = DataFacts(name="me/data", origin="hub", part="split train")
+    trainer.data = trainer.evaluation_data = told
+    assert trainer.card_facts().data is trainer.card_facts().evaluation_data is told
 
 
 def test_names_and_versions(tmp_path: Path) -> None:

@@ -1,13 +1,13 @@
 """Every block of the README runs, and its table names everything that is public."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 
 import llm_distill
 from llm_distill import heads, layers, projectors, schedules
@@ -61,7 +61,7 @@ def test_python_block_distils(models: dict[str, str], tmp_path: Path, monkeypatc
     exec(compile(block, "README.md", "exec"), scope)
     assert scope["trainer"].state.global_step == 2
     assert (tmp_path / "student" / "model.safetensors").exists()
-    assert len([line for line in block.splitlines() if line.strip()]) <= 18
+    assert len([line for line in block.splitlines() if line.strip()]) <= 15
 
 
 def test_loss_of_ones_own_works() -> None:
@@ -71,23 +71,26 @@ def test_loss_of_ones_own_works() -> None:
     assert objective.loss(torch.zeros(3, 4), torch.ones(3, 4)).shape == (3,)
 
 
-def test_recipe_block_runs(models: dict[str, str], tmp_path: Path) -> None:
+def test_recipe_block_runs(models: dict[str, str], tmp_path: Path, monkeypatch: Any) -> None:
+    """As written, but for models and data, the length, the steps, and the processor."""
     from llm_distill.cli import main
 
-    parsed = yaml.safe_load(localised(blocks("yaml")[0], models))
-    parsed["training"] |= {
-        "output_dir": str(tmp_path / "out"),
-        "learning_rate": 1e-5,
-        "max_steps": 2,
-        "use_cpu": True,
-        "bf16": False,
-    }
-    parsed["data"]["max_length"] = 32
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(parsed))
-    assert main(["check", str(recipe)]) == 0
-    assert main(["run", str(recipe)]) == 0
-    assert (tmp_path / "out" / "model.safetensors").exists()
+    block = localised(blocks("yaml")[0], models)
+    changes = {"max_steps: 1000, bf16: true": "use_cpu: true", "max_length: 512": "max_length: 32"}
+    for old, new in changes.items():
+        assert old in block
+        block = block.replace(old, new)
+    (tmp_path / "recipe.yaml").write_text(block, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(line, comments=True) for line in blocks("text")[0].splitlines()]
+    check, run, launch = commands
+    assert check[0] == run[0] == "llm-distill"
+    assert main(check[1:]) == 0
+    assert run[-2:] == ["--training.max_steps", "50"]
+    assert main([*run[1:-1], "2"]) == 0
+    assert (tmp_path / "out/student/model.safetensors").exists()
+    # tests/cli/test_run.py launches two processes in this way.
+    assert launch == ["accelerate", "launch", "-m", "llm_distill", "run", "recipe.yaml"]
 
 
 def test_commands_exist() -> None:

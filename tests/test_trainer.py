@@ -1,6 +1,7 @@
 """`DistillTrainer` is a Trainer: its keyword arguments work, and its numbers are the naive ones."""
 
 import logging
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,54 @@ def test_three_lines(tmp_path: Path) -> None:
     )
 
 
+def test_three_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's claim, to the letter: even the output folder has a default."""
+    monkeypatch.chdir(tmp_path)
+    trainer = DistillTrainer(
+        tiny.llama("student"), tiny.llama("teacher"), train_dataset=tiny.rows(8)
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3  # one batch in each of three epochs
+    assert [type(o).__name__ for o in trainer.run.objectives] == ["CrossEntropy", "Logits"]
+
+
+def test_query_rows_are_drawn_anew_in_each_epoch_and_after_resuming_alike(tmp_path: Path) -> None:
+    """From (seed, example, epoch): the same for the same epoch, other ones for the next."""
+    maps = AttentionMaps(queries=3, rows="valid")
+
+    def drawn(**changes: Any) -> list[Any]:
+        trainer = build(tmp_path, [maps], save_strategy="steps", save_steps=4, **changes)
+        forward, seen = trainer.distiller.forward, []
+
+        def noting(batch: Any, *args: Any) -> Any:
+            seen.append(batch.queries.position.tolist())
+            return forward(batch, *args)
+
+        trainer.distiller.forward = noting  # type: ignore[method-assign]  # to look inside
+        checkpoint = tmp_path / "checkpoint-4"
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint.exists() else None)
+        return seen
+
+    straight = drawn(max_steps=9)  # 4 steps of 8 rows are an epoch
+    first, second, third = straight[:4], straight[4:8], straight[8:]
+    assert all(a != b for a, b in zip(first, second, strict=True))
+    assert third[0] not in (first[0], second[0])
+    assert drawn(max_steps=9) == [*second, *third]
+
+
+def test_what_a_stream_gave_is_counted(tmp_path: Path, capsys: Any) -> None:
+    """Its first examples are checked before training, the others counted as they come."""
+    stream = tiny.rows(16).to_iterable_dataset()
+    trainer = DistillTrainer(
+        tiny.llama("student"),
+        tiny.llama("teacher"),
+        args=tiny.arguments(tmp_path, max_steps=2),
+        train_dataset=stream,
+    )
+    trainer.train()
+    assert "train_dataset, read: 16 examples of a stream: 0 truncated" in capsys.readouterr().err
+
+
 def test_layer_maps_are_shown_before_training(tmp_path: Path, capsys: Any) -> None:
     trainer = build(tmp_path)
     trainer.train()
@@ -132,6 +181,20 @@ def test_evaluation_is_deterministic(tmp_path: Path) -> None:
     first, second = trainer.evaluate(), trainer.evaluate()
     for key in ("eval_loss", "eval_kl", "eval_loss/AttentionMaps"):
         assert first[key] == second[key]
+
+
+def test_evaluation_is_without_dropout_and_the_same_in_every_epoch(tmp_path: Path) -> None:
+    """Training goes on in between, without moving the weights."""
+    student = tiny.llama("student")
+    for block in student.model.layers:
+        block.self_attn.attention_dropout = 0.5
+    given = {"learning_rate": 0.0, "max_steps": 5, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = build(tmp_path, student=student, eval_dataset=tiny.rows(9), **given)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "eval_loss" in log]
+    assert len(logs) == 5
+    for key in ("eval_loss", "eval_kl", "eval_loss/AttentionMaps"):
+        assert len({log[key] for log in logs}) == 1
 
 
 def test_evaluation_does_not_depend_on_its_batch_size(tmp_path: Path) -> None:
@@ -219,11 +282,15 @@ def test_callbacks_and_optimizers_are_used(tmp_path: Path) -> None:
     assert all(torch.equal(before[k], v) for k, v in student.state_dict().items())
 
 
-def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_activation_checkpointing_changes_nothing(name: str, tmp_path: Path) -> None:
+    """By its name of today, and by the one that recipes know."""
     plain = build(tmp_path)
     plain.train()
-    saving = build(tmp_path, activation_checkpointing=True)
+    saving = build(tmp_path, **{name: True})
+    assert not plain.distiller.is_activation_checkpointing
     saving.train()
+    assert saving.distiller.is_activation_checkpointing
     a, b = weights(plain), weights(saving)
     assert max(float((a[k] - b[k]).abs().max()) for k in a) <= 1e-7
 
@@ -247,6 +314,19 @@ def test_compiled_equals_eager(tmp_path: Path) -> None:
     compiled = build(tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
     compiled.train()
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_inductor_equals_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    eager = build(tmp_path, max_steps=2)
+    eager.train()
+    compiled = build(tmp_path, max_steps=2, torch_compile=True)
+    compiled.train()
+    assert compiled.args.torch_compile_backend == "inductor"
+    assert losses(compiled) == pytest.approx(losses(eager), rel=1e-4)
 
 
 def test_bf16_is_close(tmp_path: Path) -> None:
@@ -282,6 +362,20 @@ def test_teacher_stays_as_it_is(tmp_path: Path) -> None:
     assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
     assert not teacher.training
+
+
+def test_silent_teachers_do_not_run(tmp_path: Path) -> None:
+    """Cross-entropy alone: the teacher is there for the evaluation."""
+    teacher = tiny.llama("teacher")
+    seen: list[int] = []
+    teacher.register_forward_hook(lambda *_: seen.append(1))
+    teacher.model.register_forward_hook(lambda *_: seen.append(1))
+    trainer = build(tmp_path, [CrossEntropy()], teacher=teacher, eval_dataset=tiny.rows(4))
+    seen.clear()
+    trainer.train()
+    assert not seen
+    assert trainer.evaluate()["eval_kl"] > 0
+    assert seen
 
 
 def test_equal_models_have_nothing_to_learn(tmp_path: Path) -> None:
@@ -322,7 +416,7 @@ def test_masked_models_have_rows_without_the_shift(tmp_path: Path) -> None:
 def _masked_cross_entropy(model: Any, trainer: DistillTrainer) -> float:
     """Over the first 8 rows, unshifted."""
     total, count = 0.0, 0
-    for row in list(trainer.train_dataset)[:8]:  # type: ignore[arg-type]
+    for row in list(trainer.train_dataset)[:8]:  # type: ignore[arg-type]  # torch's has no __iter__
         labels = torch.tensor([row["labels"]])
         with torch.no_grad():
             out = model(torch.tensor([row["input_ids"]])).logits

@@ -115,5 +115,5 @@ def _finish(trainer: DistillTrainer, prepared: Prepared, screen: Screen) -> dict
     if metrics:
         screen.figures(metrics)
     screen.say(f"The student is in {trainer.args.output_dir}")
-    trainer.accelerator.end_training()
+    trainer.end()
     return metrics

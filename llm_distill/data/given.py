@@ -1,6 +1,6 @@
 """Datasets that are in memory already, as Trainer takes them."""
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any, cast
 
 from datasets import Dataset, IterableDataset
@@ -9,24 +9,26 @@ from torch.utils.data import IterableDataset as TorchStream
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill.data.pipeline import prepare
+from llm_distill.data.report import Prepared
 from llm_distill.data.spec import Data
 from llm_distill.errors import InputError
 
 
-def first_of(dataset: object) -> Any | None:  # noqa: ANN401  an example is what the collator takes
-    """The first example of a dataset that has places; None for a stream, which would lose it."""
+def first_of(dataset: object, most: int) -> Iterator[Any]:
+    """The first examples of a dataset that has places; none of a stream, which would lose them."""
     if isinstance(dataset, TorchStream) or not isinstance(
         dataset, Dataset | TorchDataset | Sequence
     ):
-        return None
-    return dataset[0]
+        return iter(())
+    there = len(dataset) if isinstance(dataset, Sized) else 1
+    return (dataset[place] for place in range(min(most, there)))
 
 
 def tokenised(
     dataset: Any,  # noqa: ANN401  whatever Trainer takes
     tokenizer: PreTrainedTokenizerBase | None,
     positions: int | None,
-    reports: list[str],
+    seen: dict[str, Prepared],
     name: str,
     *,
     keep_tokens: bool = False,
@@ -37,7 +39,7 @@ def tokenised(
         dataset: One, or several under names.
         tokenizer: The student's.
         positions: Tokens that a sequence may have.
-        reports: What became of the rows is added here.
+        seen: What became of the rows is added here, under the name.
         name: For messages.
         keep_tokens: Rows that have tokens stay as they are, for a collator of the user's own.
 
@@ -47,7 +49,7 @@ def tokenised(
     if isinstance(dataset, Mapping):
         return {
             key: tokenised(
-                part, tokenizer, positions, reports, f"{name}[{key}]", keep_tokens=keep_tokens
+                part, tokenizer, positions, seen, f"{name}[{key}]", keep_tokens=keep_tokens
             )
             for key, part in dataset.items()
         }
@@ -62,9 +64,8 @@ def tokenised(
             "processing_class=tokenizer"
         )
     known = cast("PreTrainedTokenizerBase", tokenizer)  # not read for rows that are tokens already
-    prepared = prepare(dataset, Data(max_length=None), known, max_positions=positions)
-    reports.append(f"{name}: {prepared.report}")
-    return prepared.train
+    seen[name] = prepare(dataset, Data(max_length=None), known, max_positions=positions)
+    return seen[name].train
 
 
 def _columns(dataset: object) -> Sequence[str]:

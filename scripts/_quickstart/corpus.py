@@ -42,6 +42,10 @@ _PLAIN = str.maketrans(
 )
 
 
+class NoTextError(Exception):
+    """This Python comes without its documentation."""
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Text to train on, and text of other documents to measure on.
@@ -66,12 +70,12 @@ def read_corpus() -> Corpus:
     """Collect, clean and split the text of this Python.
 
     Raises:
-        RuntimeError: If this Python comes without its documentation.
+        NoTextError: If this Python comes without its documentation.
     """
     corpus = split(language_reference() | library_docstrings(Path(sysconfig.get_path("stdlib"))))
     found = len(corpus.train) + len(corpus.held_out)
     if found < LEAST_CHARACTERS:
-        raise RuntimeError(
+        raise NoTextError(
             f"this Python has {found:,} characters of documentation, and the quickstart trains on "
             f"{LEAST_CHARACTERS:,} or more; pydoc_data and the sources of the standard library are "
             "missing. Use a Python with both (on Debian: apt install libpython3-stdlib), or your "

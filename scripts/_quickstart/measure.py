@@ -80,7 +80,7 @@ def tokens_per_second(model: PreTrainedModel) -> float:
     passes: list[float] = []
     with torch.inference_mode():
         model(input_ids=tokens, use_cache=False)
-        while sum(passes) < LEAST_SECONDS:
+        while not passes or sum(passes) < LEAST_SECONDS:
             start = time.perf_counter()
             model(input_ids=tokens, use_cache=False)
             passes.append(time.perf_counter() - start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING
 
@@ -13,27 +14,26 @@ if TYPE_CHECKING:
 
 DISTILLED = "distilled"
 TWIN = "twin"
-TWIN_OBJECTIVES = "[CrossEntropy]"
 
 
 def read_recipe(name: str, settings: Settings) -> Recipe:
     """The recipe of a student: the same weights to begin with, the same data in the same order."""
     from llm_distill.recipe import Recipe
 
-    changes = {
+    changes: dict[str, object] = {
         "student.FromConfig.seed": settings.seed,
-        "teacher": settings.teacher,
-        "data.path": settings.train_text,
-        "data.eval": settings.eval_text,
-        "training.output_dir": settings.student(name),
+        "teacher": {"Local": {"model": str(settings.teacher)}},
+        "data.path": str(settings.train_text),
+        "data.eval": str(settings.eval_text),
+        "training.output_dir": str(settings.student(name)),
         "training.max_steps": settings.steps,
         "training.seed": settings.seed,
-        "training.disable_tqdm": "false",  # By default there are no bars where there are no logs.
+        "training.disable_tqdm": False,  # Bars, although transformers logs errors only.
     }
-    overrides = [(key, str(value)) for key, value in changes.items()]
     if name == TWIN:
-        overrides.append(("objectives", TWIN_OBJECTIVES))
-    return Recipe.load(RECIPE, overrides)
+        changes["objectives"] = ["CrossEntropy"]
+    # Overrides are YAML, and JSON is YAML in which no path means anything else.
+    return Recipe.load(RECIPE, [(key, json.dumps(value)) for key, value in changes.items()])
 
 
 def show(settings: Settings) -> None:

@@ -43,12 +43,12 @@ def find_or_train(corpus: Corpus, settings: Settings) -> bool:
     A teacher is reused if it was trained to its end, with these settings, on this text.
     """
     manifest = settings.teacher / "manifest.json"
-    wanted = _manifest(corpus, settings)
-    if manifest.exists() and json.loads(manifest.read_text(encoding="utf-8")) == wanted:
+    text = json.dumps(_manifest(corpus, settings), indent=2) + "\n"
+    if manifest.exists() and manifest.read_text(encoding="utf-8") == text:
         return True
-    manifest.unlink(missing_ok=True)
+    manifest.unlink(missing_ok=True)  # Half a teacher, after an interruption, has none.
     train(corpus, settings)
-    manifest.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    manifest.write_text(text, encoding="utf-8")
     return False
 
 

@@ -87,6 +87,22 @@ class TestArguments:
         assert done.stderr.startswith("llm-distill: recipe ")
         assert "Traceback" not in done.stderr
 
+    def test_what_fails_exits_with_1_and_its_traceback(self) -> None:
+        program = (
+            "import runpy, sys\n"
+            "import llm_distill.cli\n"
+            "def fail(*_): raise ValueError('the disk is on fire')\n"
+            "sys.modules['llm_distill.cli.main']._do = fail\n"
+            "sys.argv = ['llm-distill', 'check', 'x.yaml']\n"
+            "runpy.run_module('llm_distill', run_name='__main__')\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1
+        assert "Traceback" in done.stderr
+        assert done.stderr.strip().endswith("ValueError: the disk is on fire")
+
     def test_only_the_first_of_several_processes_speaks(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

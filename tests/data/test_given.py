@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchStream
 
+from llm_distill.data import Prepared
 from llm_distill.data.given import first_of, tokenised
 from llm_distill.errors import InputError
 from tests import on_disk, tiny
@@ -34,9 +35,9 @@ def ask(
     dataset: Any, *, positions: int | None = None, tokenizer: Any = None, keep: bool = False
 ) -> tuple[Any, list[str]]:
     """The dataset as it is trained on, and the reports."""
-    reports: list[str] = []
-    found = tokenised(dataset, tokenizer, positions, reports, "train_dataset", keep_tokens=keep)
-    return found, reports
+    seen: dict[str, Prepared] = {}
+    found = tokenised(dataset, tokenizer, positions, seen, "train_dataset", keep_tokens=keep)
+    return found, [f"{name}: {prepared.report}" for name, prepared in seen.items()]
 
 
 class TestTokenised:
@@ -92,10 +93,19 @@ class TestTokenised:
 
 class TestFirst:
     def test_what_has_places_shows_its_first(self) -> None:
-        assert first_of([3, 4]) == 3
-        assert first_of(tiny.rows(2)) == tiny.rows(2)[0]
-        assert first_of(Table()) is not None
+        assert list(first_of([3, 4], 1)) == [3]
+        assert list(first_of([3, 4], 5)) == [3, 4]
+        assert list(first_of(tiny.rows(2), 2)) == list(tiny.rows(2))
+        assert [len(row["input_ids"]) for row in first_of(Table(), 9)] == [2, 3]
+
+    def test_no_more_is_read_than_is_asked_for(self) -> None:
+        class Lazy(Table):
+            def __getitem__(self, index: int) -> Any:
+                assert index == 0
+                return {}
+
+        assert next(first_of(Lazy(), 2)) == {}
 
     @pytest.mark.parametrize("dataset", [None, Stream(), tiny.rows(2).to_iterable_dataset()])
     def test_streams_are_not_touched(self, dataset: Any) -> None:
-        assert first_of(dataset) is None
+        assert list(first_of(dataset, 3)) == []

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import sysconfig
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,8 +11,6 @@ from scripts._quickstart.corpus import Corpus, language_reference, library_docst
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-SENTENCE = "This is one whole sentence about number {}."
 
 
 def sentences(*names: str) -> tuple[str, ...]:
@@ -28,7 +27,7 @@ def sentences(*names: str) -> tuple[str, ...]:
             "The *name* and **the other** mean ``some thing`` here.",
             ["The name and the other mean some thing here."],
         ),
-        ("A *block and a *star do stay as they are.", ["A *block and a *star do stay as they are."]),
+        ("A *block and *args do stay as they are.", ["A *block and *args do stay as they are."]),
         (
             "It\u2019s \u201cplain\u201d in the text \u2014 as always.",
             ["It's \"plain\" in the text - as always."],
@@ -70,7 +69,8 @@ def test_no_paragraph_is_on_both_sides_or_twice() -> None:
 
 
 def test_paragraphs_that_differ_in_signs_only_are_one() -> None:
-    made = split({"a": ("New in version 3.8 of all this.",), "b": ("New in version 3.9, of all this.",)})  # fmt: skip
+    lines = "New in version 3.8 of all this.", "New in version 3.9, of all this."
+    made = split({"a": lines[:1], "b": lines[1:]})
     assert (made.train + made.held_out).count("New in") == 1
 
 
@@ -99,7 +99,9 @@ def test_docstrings_are_read_without_importing(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("def f(:\n")
     (tmp_path / "old.py").write_text('"""A bad escape does not stop the reader here."""\n"\\d"\n')
     (tmp_path / "site-packages").mkdir()
-    (tmp_path / "site-packages" / "foreign.py").write_text('"""This is not of the library at all."""')
+    (tmp_path / "site-packages" / "foreign.py").write_text(
+        '"""This is not of the library at all."""'
+    )
     found = library_docstrings(tmp_path)
     assert list(found) == ["library/good.py", "library/old.py"]
     assert found["library/good.py"] == tuple(
@@ -122,8 +124,10 @@ def test_python_without_documentation_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(tmp_path / name))
-    with pytest.raises(RuntimeError, match=r"has 2 characters .* 150,000 or more; pydoc_data"):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / name))
+    with pytest.raises(
+        corpus.NoTextError, match=r"has 2 characters .* 150,000 or more; pydoc_data"
+    ):
         corpus.read_corpus()
 
 
