@@ -66,7 +66,7 @@ class StudentTrainer(Trainer):
 
     # Writing
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:  # noqa: FBT001, FBT002
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:  # noqa: FBT001, FBT002  as Trainer
         """Write the plain student; under sharded FSDP its weights are gathered first."""
         if not self._sharded_state_dicts():
             super().save_model(output_dir, _internal_call)
@@ -160,7 +160,7 @@ class StudentTrainer(Trainer):
         blocking: bool = True,  # noqa: FBT001, FBT002  Trainer's signature
         token: str | None = None,
         revision: str | None = None,
-        private: bool | None = None,  # noqa: FBT001
+        private: bool | None = None,  # noqa: FBT001  Trainer's signature
         **kwargs: Any,
     ) -> CommitInfo:
         """Upload the plain student, its tokenizer and its card, and nothing else.

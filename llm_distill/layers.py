@@ -139,6 +139,9 @@ def skip(student_depth: int, teacher_depth: int) -> LayerMap:
 def explicit(student_depth: int, teacher_depth: int, *, pairs: Sequence[Sequence[int]]) -> LayerMap:
     """The pairs as written, `[[student layer, teacher layer], ...]`; many-to-one either way.
 
+    Raises:
+        ValueError: For what is no pair of numbers, a layer that does not exist, or a pair twice.
+
     >>> explicit(4, 10, pairs=[[1, 2], [1, 3], [-1, -1]]).pairs
     ((1, 2), (1, 3), (4, 10))
     """

@@ -41,7 +41,7 @@ def main(folder: Path) -> None:
         return out
 
     for key, bf16 in (("plain", False), ("losses", True)):
-        Distiller.forward = noting if bf16 else forward  # type: ignore[method-assign]
+        Distiller.forward = noting if bf16 else forward  # type: ignore[method-assign]  # to look
         trainer = DistillTrainer(
             tiny.llama("student"),
             tiny.llama("teacher"),

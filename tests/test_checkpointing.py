@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from llm_distill import DistillTrainer
@@ -72,7 +73,8 @@ def test_no_pickled_arguments(run: Any, kind: str) -> None:
     assert ("terms.safetensors" in facts[kind]["files"]) == (engine != "fsdp2_sharded")
 
 
-def test_best_model_is_loaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapter", [None, LoraConfig(r=4, target_modules=["q_proj", "v_proj"])])
+def test_best_model_is_loaded(adapter: LoraConfig | None, tmp_path: Path) -> None:
     """By KL to the teacher unless told otherwise, weights and projectors of that checkpoint."""
     args = tiny.arguments(
         tmp_path,
@@ -91,6 +93,7 @@ def test_best_model_is_loaded(tmp_path: Path) -> None:
         args,
         train_dataset=tiny.rows(),
         eval_dataset=tiny.rows(8),
+        peft_config=adapter,
     )
     trainer.train()
     scores = {log["step"]: log["eval_kl"] for log in trainer.state.log_history if "eval_kl" in log}
@@ -100,8 +103,13 @@ def test_best_model_is_loaded(tmp_path: Path) -> None:
     assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
     again = trainer.evaluate()["eval_kl"]
     assert again == pytest.approx(scores[best], rel=1e-6)
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{best}").state_dict()
-    assert all(torch.equal(saved[k], v) for k, v in trainer.student.state_dict().items())
+    folder = tmp_path / f"checkpoint-{best}"
+    terms = load_file(folder / "terms.safetensors")
+    assert terms.keys() == trainer.distiller.terms.state_dict().keys()
+    assert all(torch.equal(terms[k], v) for k, v in trainer.distiller.terms.state_dict().items())
+    if adapter is None:
+        saved = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        assert all(torch.equal(saved[k], v) for k, v in trainer.student.state_dict().items())
 
 
 def test_lost_projectors_are_not_forgotten(tmp_path: Path) -> None:

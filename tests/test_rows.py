@@ -256,7 +256,7 @@ def test_queries_depend_on_seed_example_and_epoch_alone() -> None:
     assert places(sample_queries(rows, keys, most=4, seed=1, epoch=2)) == base
     torch.manual_seed(99)  # the global generator has no say
     for side, width in (("left", 25), ("left", 40), ("right", 40)):
-        other, its_keys = many(side, width)  # type: ignore[arg-type]
+        other, its_keys = many(side, width)  # type: ignore[arg-type]  # words, which mypy calls str
         start = [width - n if side == "left" else 0 for n in (21, 4, 12, 1)]
         found = places(sample_queries(other, its_keys, most=4, seed=1, epoch=2))
         assert [[p - s for p in c] for c, s in zip(found, start, strict=True)] == base

@@ -24,7 +24,7 @@ def make_encoder(tokenizer: PreTrainedTokenizerFast) -> MakeEncoder:
             "template": None,
             "where": "'me/data'",
         }
-        return Encoder(kind=kind, **(defaults | fields))  # type: ignore[arg-type]
+        return Encoder(kind=kind, **(defaults | fields))  # type: ignore[arg-type]  # fields by name
 
     return make
 

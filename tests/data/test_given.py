@@ -1,6 +1,6 @@
 """Datasets in memory: what is tokenised, what is left alone, and what is refused."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import pytest
@@ -8,10 +8,12 @@ import torch
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchStream
 
-from llm_distill.data import Prepared
 from llm_distill.data.given import first_of, tokenised
 from llm_distill.errors import InputError
 from tests import on_disk, tiny
+
+if TYPE_CHECKING:
+    from llm_distill.data import Prepared
 
 
 class Table(TorchDataset[dict[str, torch.Tensor]]):

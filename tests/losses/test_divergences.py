@@ -180,7 +180,7 @@ def test_jsd_refuses_a_beta_outside(beta: float) -> None:
 
 def logits_term(vocabulary: int, **settings: float | str) -> HeadTerm:
     spec = ModelSpec("tiny", "llama", 1, 8, 1, vocabulary)
-    term = Logits(**settings).build(spec, spec)  # type: ignore[arg-type]
+    term = Logits(**settings).build(spec, spec)  # type: ignore[arg-type]  # fields by their names
     assert isinstance(term, HeadTerm)
     return term
 

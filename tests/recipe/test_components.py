@@ -213,7 +213,7 @@ class TestForeignCode:
 def test_fields_of_types_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     @dataclass(frozen=True, kw_only=True)
     class Odd(Objective):
-        other: "Missing" = None  # type: ignore[name-defined]  # noqa: F821
+        other: "Missing" = None  # type: ignore[name-defined]  # noqa: F821  not there
 
         def build(self, student: Any, teacher: Any, evidence: Any = None) -> Any:
             raise NotImplementedError
