@@ -45,6 +45,20 @@ def bind(
     return terms
 
 
+def check_optimizers(terms: Mapping[str, Term], optimizers: tuple[Any, Any]) -> None:
+    """Refuse an optimizer that was made before the projectors it would have to train.
+
+    Raises:
+        InputError: Naming the terms with something to train.
+    """
+    trained = [name for name, term in terms.items() if any(True for _ in term.parameters())]
+    if optimizers[0] is not None and trained:
+        raise InputError(
+            f"optimizers: {', '.join(trained)} would not be trained, whose projectors this "
+            "optimizer does not know; give optimizer_cls_and_kwargs=(AdamW, {'lr': 1e-4}) instead"
+        )
+
+
 def survey(
     objectives: Sequence[Objective], student: ModelSpec, teacher: ModelSpec
 ) -> tuple[Request, Request]:

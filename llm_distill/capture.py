@@ -11,6 +11,7 @@ import inspect
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -65,6 +66,7 @@ class Reader:
         self.name = name
         self.request = request
         self._model = model
+        _refuse_prompts(model, name)
         refuse_layers(request, ModelSpec.of(plain(model).config, name))
         self._taps: dict[int, Tap] = {}
         self._probe()
@@ -221,6 +223,20 @@ def head_of(model: PreTrainedModel) -> Head:
         softcap=getattr(config, "final_logit_softcapping", None),
         transform=_transform_of(model),
     )
+
+
+def _refuse_prompts(model: nn.Module, name: str) -> None:
+    """Refuse adapters that live outside the backbone: they would neither be read nor trained.
+
+    Raises:
+        ValueError: Naming the kind of adapter.
+    """
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        kind = type(model.active_peft_config).__name__.removesuffix("Config")
+        raise ValueError(
+            f"{name} has an adapter of the kind {kind}, prompts in front of the sequence, and "
+            "signals are read without it; take one inside the model, such as LoRA"
+        )
 
 
 def refuse_layers(request: Request, spec: ModelSpec) -> None:

@@ -20,7 +20,7 @@ from llm_distill.signals import Factored, Request, Signals
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from transformers import PreTrainedConfig
+    from transformers import GenerationConfig, PreTrainedConfig
 
     from llm_distill.rows import Batch, Step
 
@@ -52,6 +52,11 @@ class Distiller(nn.Module):
     def config(self) -> PreTrainedConfig:
         """The student's."""
         return plain(self.student).config
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        """The student's, so that Trainer aligns its special tokens with the tokenizer's."""
+        return cast("GenerationConfig | None", plain(self.student).generation_config)
 
     @property
     def _no_split_modules(self) -> Sequence[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -36,8 +37,8 @@ COLUMNS = ("input_ids", "attention_mask", "labels", "token_type_ids", "position_
 CHECKED = 1000
 """Examples that are looked at before training, for one that has something supervised."""
 
-LOWER_IS_BETTER = ("kl", "perplexity")
-"""Figures of an evaluation that transformers would maximise, as everything that is no `loss`."""
+LOWER_IS_BETTER = re.compile(r"loss/|(kl|perplexity)$")
+"""Figures of an evaluation that transformers would maximise, as all that do not end in `loss`."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def prepare_run(
         raise InputError("model and teacher are one object; give the teacher a copy of its own")
     student = student_spec(model, master.config)
     terms = binding.bind(objectives, student, master.spec, seed=args.seed)
+    binding.check_optimizers(terms, kwargs.get("optimizers", (None, None)))
     if terms and any(term.student.heads for term in terms.values()):
         _check_checkpointing(args)
     shift = _shift(model, master)
@@ -169,9 +171,9 @@ def check_arguments(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None:
     args.logging_nan_inf_filter = False
     _settle_best_metric(args, kwargs.get("eval_dataset"))
     loader: Any = args.accelerator_config
-    if loader.dispatch_batches is None:
-        # Rows cannot be cut from one process's batch like [B, T] tensors.
-        loader.dispatch_batches = False
+    if loader.dispatch_batches:
+        raise InputError("dispatch_batches: rows are not cut up like [B, T] tensors; leave it out")
+    loader.dispatch_batches = False
 
 
 def _check_sharding() -> None:
@@ -201,7 +203,7 @@ def _settle_best_metric(args: TrainingArguments, evaluation: object) -> None:
         first = next(iter(evaluation), None) if isinstance(evaluation, Mapping) else None
         args.metric_for_best_model = "eval_kl" if first is None else f"eval_{first}_kl"
         args.greater_is_better = False
-    elif metric is not None and metric.endswith(LOWER_IS_BETTER):
+    elif metric is not None and LOWER_IS_BETTER.search(metric):
         args.greater_is_better = False
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,7 +18,7 @@ from llm_distill.objectives import named
 from llm_distill.students import FromConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from torch import nn
     from transformers import TrainerState, TrainingArguments
@@ -84,8 +86,14 @@ def data_facts(dataset: object) -> DataFacts | None:
     """What a `datasets` object knows of itself; a recipe knows more (its Hub id or path).
 
     Returns:
-        None for several datasets, none, or what is no `datasets` object.
+        Facts of the first of several; None for none, or what is no `datasets` object.
     """
+    if isinstance(dataset, Mapping) and dataset:
+        name, first = next(iter(dataset.items()))
+        known = data_facts(first)
+        place = f"`{name}`, the first of {len(dataset)}"
+        part = place if known is None or known.part is None else f"{place}: {known.part}"
+        return known and replace(known, part=part)
     if not isinstance(dataset, Dataset | IterableDataset):
         return None
     split = None if dataset.split is None else f"split {dataset.split}"
@@ -102,19 +110,54 @@ def run_facts(
     args: TrainingArguments, state: TrainerState, *, student: nn.Module, data: DataFacts | None
 ) -> dict[str, Any]:
     """What the arguments and the log of a run tell."""
-    evaluations = [log for log in state.log_history if "eval_loss" in log]
-    figures = {k: v for k, v in (evaluations[-1] if evaluations else {}).items() if k != "epoch"}
+    best = state.best_global_step if _has_best(args, state) else None
     return {
         "data": data,
-        "steps": state.global_step,
+        "steps": state.global_step if best is None else best,
         "tokens": int(state.num_input_tokens_seen) or None,
         "seed": args.seed,
         "learning_rate": args.learning_rate,
         "batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "evaluation": {k: float(v) for k, v in figures.items() if k != "step"},
+        "evaluation": _figures(state.log_history, best),
         "versions": versions(),
         "peft": isinstance(student, PeftModel),
     }
+
+
+def _has_best(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether the weights are those of the best checkpoint, as after a whole training."""
+    done = any("train_loss" in log for log in state.log_history)
+    return done and bool(args.load_best_model_at_end) and state.best_model_checkpoint is not None
+
+
+def _figures(history: Sequence[Mapping[str, float]], best: int | None) -> dict[str, float]:
+    """The last evaluation of the weights there are, of the first dataset where there are several.
+
+    Args:
+        history: What was logged.
+        best: The step whose weights were loaded when the training was done; None: the last.
+    """
+    evaluations = [log for log in history if _prefix(log)]
+    if best is not None:
+        ends = [place for place, log in enumerate(history) if "train_loss" in log]
+        evaluations = [log for log in history[ends[-1] :] if _prefix(log)] or [
+            log for log in evaluations if log["step"] == best
+        ]
+    if not evaluations:
+        return {}
+    first = _prefix(evaluations[0])
+    log = [log for log in evaluations if _prefix(log) == first][-1]
+    return {
+        key.replace(f"{first}_", "eval_", 1): float(value)
+        for key, value in log.items()
+        if key.startswith(f"{first}_")
+    }
+
+
+def _prefix(log: Mapping[str, float]) -> str:
+    """`eval`, or `eval_name` for one of several datasets; empty where it is no evaluation."""
+    found = (key for key in log if key.startswith("eval_") and key.endswith("_loss"))
+    return next(found, "").removesuffix("_loss")
 
 
 def name_of(args: TrainingArguments) -> str:

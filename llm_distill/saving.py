@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from llm_distill.distiller import Distiller
@@ -36,7 +38,10 @@ def save_student(distiller: Distiller, folder: Path, state: Mapping[str, Tensor]
         else {k.removeprefix(STUDENT): v for k, v in state.items() if k.startswith(STUDENT)}
     )
     folder.mkdir(parents=True, exist_ok=True)
-    cast("PreTrainedModel", distiller.student).save_pretrained(folder, state_dict=own)
+    if isinstance(distiller.student, PeftModel):
+        _save_adapter(distiller.student, folder, own)
+    else:
+        cast("PreTrainedModel", distiller.student).save_pretrained(folder, state_dict=own)
 
 
 def save_terms(distiller: Distiller, folder: Path, state: Mapping[str, Tensor] | None) -> None:
@@ -59,9 +64,11 @@ def load_student(distiller: Distiller, folder: Path) -> None:
         _load_adapter(student, folder)
         return
     model = cast("PreTrainedModel", student)
+    # Parts of a student may be wider than its first weight, which is the dtype it says it has.
+    widest = reduce(torch.promote_types, {p.dtype for p in model.parameters()})
     fresh, report = cast(
         "tuple[PreTrainedModel, dict[str, Any]]",
-        type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True),
+        type(model).from_pretrained(folder, dtype=widest, output_loading_info=True),
     )
     wrong = {
         key: sorted(report[key])
@@ -93,13 +100,25 @@ def load_terms(distiller: Distiller, folder: Path) -> None:
     distiller.terms.load_state_dict(load_file(path))
 
 
-def _load_adapter(student: nn.Module, folder: Path) -> None:
-    """An adapter's weights, every one of them."""
+def _save_adapter(student: PeftModel, folder: Path, state: dict[str, Tensor] | None) -> None:
+    """The active adapter, in the folder itself whatever it is called."""
+    name = student.active_adapters[0]
+    student.save_pretrained(str(folder), selected_adapters=[name], state_dict=state)
+    if name != "default":  # PEFT has a folder of its own for it, where nobody would look
+        for file in (folder / name).iterdir():
+            file.replace(folder / file.name)
+        (folder / name).rmdir()
+
+
+def _load_adapter(student: PeftModel, folder: Path) -> None:
+    """The active adapter's weights, every one of them."""
+    name = student.active_adapters[0]
     path = folder / ADAPTER_FILE
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: this is no checkpoint of an adapter")
-    result: Any = set_peft_model_state_dict(student, load_file(path))
-    left = [key for key in result.missing_keys if ".lora_" in key or "modules_to_save" in key]
+    result: Any = set_peft_model_state_dict(student, load_file(path), adapter_name=name)
+    own = (key for key in result.missing_keys if f".{name}." in f"{key}.")
+    left = [key for key in own if ".lora_" in key or "modules_to_save" in key]
     if left or result.unexpected_keys:
         raise ValueError(
             f"checkpoint {folder} does not fit the adapter: missing {left}, unexpected "

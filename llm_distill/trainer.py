@@ -23,7 +23,7 @@ from llm_distill.signals import Request, Signals
 from llm_distill.students import Student, load_student
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
@@ -105,6 +105,7 @@ class DistillTrainer(StudentTrainer):
         prepared = self.run.prepared.items()
         table = binding.describe(self.run.objectives, self.run.terms)
         self._announce(*(f"{name}: {found.report}" for name, found in prepared), table)
+        self._logged.reset()  # steps after the last log of another training
         output: TrainOutput = super().train(*args, **kwargs)
         counted = ((name, found.counter) for name, found in prepared)
         self._announce(*(f"{name}, read: {c.report()}" for name, c in counted if c is not None))
@@ -118,9 +119,11 @@ class DistillTrainer(StudentTrainer):
     # A step
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As in Trainer; the attention taps forget the batch once its backward is done."""
-        loss: Tensor = super().training_step(*args, **kwargs)
-        self.distiller.release()
+        """As in Trainer; the attention taps forget the batch, also where the step was cut short."""
+        try:
+            loss: Tensor = super().training_step(*args, **kwargs)
+        finally:
+            self.distiller.release()
         return loss
 
     def compute_loss(
@@ -154,6 +157,23 @@ class DistillTrainer(StudentTrainer):
         if binding.teacher_request(self.run.terms) == Request():
             return Signals(f"teacher {self.run.teacher.spec.name}")
         return self._source(batch)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """As in Trainer; where a stream ends inside a step, batches without rows fill the step up.
+
+        Trainer would not take it, and add its gradient to that of the next one.
+        """
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if samples:
+            samples += [self._silent(samples[-1])] * (num_batches - len(samples))
+        return samples, items
+
+    def _silent(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch of which nothing counts."""
+        given = {key: value for key, value in inputs.items() if key != "batch"}
+        return given | {"batch": make_batch(given, self._plan, seed=0, epoch=0, keep=0)}
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """Items of each term in the micro-batches of a step, over all ranks: `[K]`, at least 1."""
@@ -226,7 +246,10 @@ class DistillTrainer(StudentTrainer):
         shares = self._weights(1.0) / divisors
         measure = self.run.teacher_request.logits
         step = Step(1.0, shares, measure=measure, logits=not prediction_loss_only)
-        loss, sums, logits = model(batch, self._source(batch), step)
+        try:
+            loss, sums, logits = model(batch, self._source(batch), step)
+        finally:
+            self.distiller.release()  # else the student could not generate afterwards
         measured = [len(batch.supervised) if measure else 0] * len(MEASURES)
         if not measure:
             sums = torch.cat([sums, sums.new_zeros(len(MEASURES))])

@@ -32,6 +32,16 @@ def objectives() -> list[Any]:
     ]
 
 
+def calibrated_objectives() -> list[Any]:
+    """The same, with what data decides first: a fitted projector, and matched heads."""
+    from llm_distill import AttentionMaps, HiddenStates
+    from llm_distill.heads import match
+    from llm_distill.layers import last
+
+    fitted = HiddenStates(weight=0.2, layers=last, init="least_squares", rows="valid")
+    return [*objectives()[:3], fitted, AttentionMaps(queries=5, rows="valid", heads=match)]
+
+
 def train(folder: Path, batch: int, accumulation: int, data: Any) -> Any:
     """Three steps; the trainer."""
     from llm_distill import DistillTrainer
@@ -42,7 +52,7 @@ def train(folder: Path, batch: int, accumulation: int, data: Any) -> Any:
         gradient_accumulation_steps=accumulation,
     )
     models = tiny.llama("student"), tiny.llama("teacher")
-    trainer = DistillTrainer(*models, objectives(), args, train_dataset=data)
+    trainer = DistillTrainer(*models, calibrated_objectives(), args, train_dataset=data)
     trainer.train()
     return trainer
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from peft import LoraConfig
 
 from tests import tiny
-from tests.exactness_worker import objectives, whole
+from tests.exactness_worker import calibrated_objectives, whole
 from tests.fsdp2_on_cpu import fsdp2_on_cpu
 from tests.launch import finish
 
@@ -44,12 +44,35 @@ def build(kind: str, folder: Path, ranks: int) -> Any:
     return DistillTrainer(
         student,
         tiny.llama("teacher"),
-        objectives(),
+        calibrated_objectives(),
         args,
         train_dataset=tiny.rows(),
         eval_dataset=tiny.rows(5),
         peft_config=adapter,
     )
+
+
+def best(folder: Path, ranks: int) -> dict[str, Any]:
+    """A run whose later steps are worse, and what was loaded in the end."""
+    from llm_distill import DistillTrainer
+
+    args = tiny.arguments(
+        folder,
+        max_steps=3,
+        per_device_train_batch_size=8 // ranks,
+        learning_rate=20.0,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    models = tiny.llama("student"), tiny.llama("teacher")
+    data = {"train_dataset": tiny.rows(), "eval_dataset": tiny.rows(5)}
+    trainer = DistillTrainer(*models, calibrated_objectives(), args, **data)
+    trainer.train()
+    scores = [log["eval_kl"] for log in trainer.state.log_history if "eval_kl" in log]
+    return {"scores": scores, "loaded": trainer.evaluate()["eval_kl"]}
 
 
 def main(engine: str, folder: Path) -> None:
@@ -69,6 +92,7 @@ def main(engine: str, folder: Path) -> None:
         facts[student] = {"straight": whole(straight), "resumed": whole(resumed)}
         facts[student]["files"] = sorted(p.name for p in (out / "checkpoint-2").iterdir())
         resumed.save_model(str(out / "final"))
+    facts["best"] = best(folder / engine / "best", ranks)
     if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save(facts, folder / f"{engine}.pt")
     finish()

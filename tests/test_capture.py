@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from llm_distill.capture import Reader, plain, predicts_next, refuse_layers
@@ -290,3 +290,11 @@ def test_models_without_position_ids_take_left_padding() -> None:
     expected = model(**given).logits.flatten(0, 1)[batch.supervised.index]
     signals = Reader(model, Request(logits=True), "bloom").read(batch)
     assert torch.allclose(signals.logits.logits(slice(None)), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_prompts_in_front_of_the_sequence_are_refused(kind: Any) -> None:
+    adapted = get_peft_model(build("llama"), kind(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    message = "the model has an adapter of the kind P[a-zA-Z]+, prompts in front of the sequence"
+    with pytest.raises(ValueError, match=message):
+        Reader(adapted, Request(logits=True), "the model")

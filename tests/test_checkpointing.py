@@ -64,6 +64,13 @@ def test_saved_adapter_loads(run: Any) -> None:
     }
 
 
+def test_best_checkpoint_is_loaded_at_the_end(run: Any) -> None:
+    """On every engine: the weights that are left score what the best evaluation scored."""
+    scores, loaded = run[2]["best"]["scores"], run[2]["best"]["loaded"]
+    assert min(scores) < scores[-1], "the learning rate is too small to make a later step worse"
+    assert loaded == pytest.approx(min(scores), rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", STUDENTS)
 def test_no_pickled_arguments(run: Any, kind: str) -> None:
     """They would carry the Hub token in clear."""

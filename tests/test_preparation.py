@@ -265,6 +265,8 @@ class TestDefaults:
             ("kl", False),
             ("eval_teacher_perplexity", False),
             ("eval_loss", False),
+            ("eval_loss/HiddenStates", False),
+            ("eval_text_loss/Logits", False),
             ("eval_agreement", True),
         ],
     )
@@ -308,3 +310,20 @@ def test_unmasked_rows_of_a_masked_model_are_refused(tmp_path: Path) -> None:
         prepare_run(tiny.bert(), tiny.bert(), [Logits()], args, {"train_dataset": rows})
     masked = [{"input_ids": [5, 4, 7], "labels": [-100, 6, -100]}] * 4
     prepare_run(tiny.bert(), tiny.bert(), [Logits()], args, {"train_dataset": masked})
+
+
+def test_batches_cut_up_by_one_process_are_refused(tmp_path: Path) -> None:
+    args = tiny.arguments(tmp_path, accelerator_config={"dispatch_batches": True})
+    with pytest.raises(InputError, match="dispatch_batches: rows are not cut up"):
+        check_arguments(args, {})
+
+
+def test_an_optimizer_that_does_not_know_the_projectors_is_refused(
+    student: PreTrainedModel, teacher: PreTrainedModel, tmp_path: Path
+) -> None:
+    made = torch.optim.SGD(student.parameters()), None
+    args = tiny.arguments(tmp_path)
+    prepared(student, teacher, Logits(), args=args, optimizers=made)
+    with pytest.raises(InputError, match="optimizers: HiddenStates would not be trained"):
+        prepared(student, teacher, Logits(), HiddenStates(), args=args, optimizers=made)
+    prepared(student, teacher, HiddenStates(), args=args, optimizers=(None, None))

@@ -148,3 +148,48 @@ def test_names_and_versions(tmp_path: Path) -> None:
     assert name_of(tiny.arguments(tmp_path / "mine")) == "mine"
     assert name_of(tiny.arguments(tmp_path, hub_model_id="me/it")) == "me/it"
     assert {"python", "torch", "transformers", "llm-distill"} <= versions().keys()
+
+
+def test_the_card_tells_of_the_weights_there_are(tmp_path: Path) -> None:
+    """The best checkpoint's figures once it is loaded, and those of a later evaluation after."""
+    changes: dict[str, Any] = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    trainer = DistillTrainer(
+        tiny.llama("student"),
+        tiny.llama("teacher"),
+        [Logits()],
+        tiny.arguments(
+            tmp_path, max_steps=2, learning_rate=100.0, load_best_model_at_end=True, **changes
+        ),
+        train_dataset=tiny.rows(),
+        eval_dataset=tiny.rows(9),
+    )
+    trainer.train()
+    assert trainer.state.best_global_step == 1  # this learning rate makes it worse
+    facts = trainer.card_facts()
+    first = next(log for log in trainer.state.log_history if "eval_kl" in log)
+    assert facts.steps == 1
+    assert facts.evaluation["eval_kl"] == first["eval_kl"]
+    later = trainer.evaluate(tiny.rows(4))
+    assert trainer.card_facts().evaluation["eval_kl"] == later["eval_kl"]
+
+
+def test_the_card_tells_of_the_first_of_several_datasets(tmp_path: Path) -> None:
+    trainer = DistillTrainer(
+        tiny.llama("student"),
+        tiny.llama("teacher"),
+        [Logits()],
+        tiny.arguments(tmp_path),
+        train_dataset=tiny.rows(),
+        eval_dataset={"near": tiny.rows(9), "far": tiny.rows(4)},
+    )
+    metrics = trainer.evaluate()
+    facts = trainer.card_facts()
+    assert facts.evaluation["eval_kl"] == metrics["eval_near_kl"]
+    assert facts.evaluation["eval_loss/Logits"] == metrics["eval_near_loss/Logits"]
+    assert facts.evaluation_data is not None
+    assert facts.evaluation_data.part == "`near`, the first of 2: 9 examples"

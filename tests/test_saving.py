@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from llm_distill import CrossEntropy, HiddenStates
@@ -97,3 +97,39 @@ def test_adapter_files_are_complete_or_refused(tmp_path: Path) -> None:
     save_file(weights, tmp_path / ADAPTER_FILE)
     with pytest.raises(ValueError, match="does not fit the adapter: missing"):
         load_student(adapted, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_the_active_adapter_comes_back_whatever_its_name(tmp_path: Path, name: str) -> None:
+    """In the folder itself, as PEFT looks for it; adapters beside it are not the student's."""
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    saved = get_peft_model(tiny.llama("student"), config, adapter_name=name)
+    saved.add_adapter("beside", LoraConfig(target_modules=["v_proj"]))
+    save_student(distiller(saved), tmp_path, None)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    plain = PeftModel.from_pretrained(tiny.llama("student"), str(tmp_path))
+    other = get_peft_model(tiny.llama("student"), config, adapter_name=name)
+    other.add_adapter("beside", LoraConfig(target_modules=["v_proj"]))
+    load_student(distiller(other), tmp_path)
+    ids = tiny.batch()["input_ids"]
+    expected = saved(ids).logits
+    assert torch.equal(other(ids).logits, expected)
+    assert torch.allclose(plain.eval()(ids).logits, expected, atol=1e-5)
+
+
+def test_parts_wider_than_the_rest_come_back_unrounded(tmp_path: Path) -> None:
+    def mixed() -> Any:
+        student = cast_to(tiny.llama("student"), torch.bfloat16)
+        cast_to(student.get_submodule("lm_head"), torch.float32)
+        return student
+
+    spec = ModelSpec.of(tiny.llama("student").config, "student")
+    # Its own forward does not mix dtypes; the head is not read here.
+    terms = bind([HiddenStates()], spec, spec, seed=0)
+    saved, other = (Distiller(mixed(), terms, "student") for _ in range(2))
+    with torch.no_grad():
+        saved.student.get_parameter("lm_head.weight").add_(1e-3)
+    save_student(saved, tmp_path, None)
+    load_student(other, tmp_path)
+    ours, theirs = saved.student.state_dict(), other.student.state_dict()
+    assert all(torch.equal(ours[k], theirs[k]) and ours[k].dtype == theirs[k].dtype for k in ours)

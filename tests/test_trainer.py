@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -474,3 +475,97 @@ def _first_layer(student_depth: int, teacher_depth: int) -> Any:
     from llm_distill.layers import explicit
 
     return explicit(student_depth, teacher_depth, pairs=[[1, 2]])
+
+
+def generated(trainer: DistillTrainer) -> list[int]:
+    """A sequence of another shape than any batch of the training."""
+    student: Any = trainer.student
+    prompt = torch.tensor([[5, 6, 7]])
+    return list(student.generate(prompt, max_new_tokens=3, do_sample=False)[0].tolist())
+
+
+def test_the_student_generates_between_and_after_evaluations(tmp_path: Path) -> None:
+    """The attention taps know nothing of the last evaluation's batch."""
+
+    class Writing(TrainerCallback):
+        written = 0
+
+        def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+            self.written += len(generated(trainer)) > 3
+
+    writing = Writing()
+    trainer = build(
+        tmp_path,
+        eval_dataset=tiny.rows(9),
+        callbacks=[writing],
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    trainer.train()
+    assert writing.written == 3
+    trainer.predict(tiny.rows(9))
+    generated(trainer)
+
+
+def test_the_student_generates_after_a_step_that_was_cut_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = build(tmp_path)
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.accelerator, "backward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    generated(trainer)
+
+
+class Stream(torch.utils.data.IterableDataset[Any]):
+    """The first 20 rows, without a length."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from list(tiny.rows())[:20]
+
+
+@pytest.mark.parametrize("wanted", [None, [Logits()]])
+def test_a_stream_that_ends_inside_a_step(tmp_path: Path, wanted: Any) -> None:
+    """Five batches make steps of two, two and one, as they do of a dataset with a length."""
+    split = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 6}
+    known = build(tmp_path, wanted, **split)
+    known.train_dataset = list(Stream())
+    known.train()
+    endless = build(tmp_path, wanted, **split)
+    endless.train_dataset = Stream()
+    # Queries are drawn for each epoch, which a stream has none of: the weights agree in the first.
+    endless.train()
+    count = 6 if wanted else 3
+    assert losses(endless)[:count] == pytest.approx(losses(known)[:count], rel=1e-6)
+    if wanted:
+        a, b = weights(known), weights(endless)
+        assert max(float((a[k] - b[k]).abs().max()) for k in a) <= 3e-7
+
+
+def test_a_second_training_logs_its_own_steps(tmp_path: Path) -> None:
+    trainer = build(tmp_path, [Logits()], max_steps=3, logging_steps=2, learning_rate=0.0)
+    trainer.train()
+    first = trainer.state.log_history[0]
+    trainer.train()
+    assert trainer.state.log_history[0]["loss/Logits"] == first["loss/Logits"]
+
+
+def test_special_tokens_of_the_tokenizer_reach_generation(tmp_path: Path) -> None:
+    """As Trainer does for a model of its own: the student stops where its tokenizer says."""
+    known = tiny.tokenizer()
+    known.eos_token = "w9"
+    student = tiny.llama("student")
+    trainer = DistillTrainer(
+        student,
+        tiny.llama("teacher"),
+        args=tiny.arguments(tmp_path, max_steps=1),
+        train_dataset=tiny.rows(8),
+        processing_class=known,
+    )
+    trainer.train()
+    assert student.generation_config is not None
+    assert student.generation_config.eos_token_id == [9, 2]
