@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -200,10 +201,18 @@ class StudentTrainer(Trainer):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         card.write(self.card_facts(), Path(checkpoint_folder))
+        folder = publishing.snapshot(Path(checkpoint_folder), Path(checkpoint_folder).parent)
         message = f"Training in progress, step {self.state.global_step}"
-        branch = self.args.hub_revision
-        upload = partial(self._upload, checkpoint_folder, message, self.args.hub_token, branch)
+        upload = partial(self._upload_once, folder, message)
         pushes.append(HfApi().run_as_future(upload))
+
+    def _upload_once(self, folder: Path, message: str) -> CommitInfo:
+        """Upload a snapshot, and delete it."""
+        token, branch = self.args.hub_token, self.args.hub_revision
+        try:
+            return self._upload(str(folder), message, token, branch)
+        finally:
+            shutil.rmtree(folder)
 
     def _upload(
         self, folder: str, message: str | None, token: str | None, revision: str | None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -49,6 +52,24 @@ PUBLISHED = (
 """What of an output folder goes to the Hub. A list of what may, so that nothing else ever does."""
 
 LIBRARIES = ("llm-distill", "torch", "transformers", "accelerate", "datasets", "peft")
+
+
+def snapshot(folder: Path, inside: Path) -> Path:
+    """The published files of a folder in one of their own, which outlives it: links where possible.
+
+    Args:
+        folder: A checkpoint, which `save_total_limit` may delete while it is being uploaded.
+        inside: Where the new folder is made.
+    """
+    target = Path(tempfile.mkdtemp(prefix="_push-", dir=inside))
+    for file in (file for pattern in PUBLISHED for file in folder.glob(pattern)):
+        place = target / file.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(file, place)
+        except OSError:  # another file system, or one without links
+            shutil.copy2(file, place)
+    return target
 
 
 def versions() -> dict[str, str]:

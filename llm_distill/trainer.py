@@ -257,7 +257,10 @@ class DistillTrainer(StudentTrainer):
         return loss, logits, None if prediction_loss_only else inputs["labels"]
 
     def _own_sequences(self, sequences: int) -> int | None:
-        """Sequences of the last batch that Accelerate did not repeat for even ranks."""
+        """Sequences of the last batch that Accelerate did not repeat for even ranks.
+
+        A stream has no length, so there its repeats count: evaluate one on a single rank.
+        """
         state: Any = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder <= 0 or self.args.world_size == 1:
             return None

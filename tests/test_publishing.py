@@ -1,5 +1,6 @@
 """What reaches the Hub, through the real client: a plain student, its tokenizer, its card."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from llm_distill.publishing import (
     model_facts,
     name_of,
     objective_facts,
+    snapshot,
     versions,
 )
 from llm_distill.signals import ModelSpec
@@ -60,6 +62,7 @@ def test_pushes_from_checkpoints_are_plain_too(hub: LocalHub, tmp_path: Path) ->
     assert len(hub.asked("POST", "/commit/")) >= 2
     local = [path for path in (tmp_path / "student").rglob("*") if path.is_file()]
     assert not [path for path in local if path.name == "training_args.bin"]
+    assert not list((tmp_path / "student").glob("_push-*"))
     assert not [path for path in local if TOKEN.encode() in path.read_bytes()]
 
 
@@ -193,3 +196,16 @@ def test_the_card_tells_of_the_first_of_several_datasets(tmp_path: Path) -> None
     assert facts.evaluation["eval_loss/Logits"] == metrics["eval_near_loss/Logits"]
     assert facts.evaluation_data is not None
     assert facts.evaluation_data.part == "`near`, the first of 2: 9 examples"
+
+
+def test_snapshots_outlive_their_checkpoint(tmp_path: Path) -> None:
+    """`save_total_limit` may delete a checkpoint that is still being uploaded."""
+    checkpoint = tmp_path / "checkpoint-1"
+    (checkpoint / "additional_chat_templates").mkdir(parents=True)
+    for name in ("model.safetensors", "additional_chat_templates/a.jinja", "optimizer.pt"):
+        (checkpoint / name).write_text(name)
+    copy = snapshot(checkpoint, tmp_path)
+    shutil.rmtree(checkpoint)
+    files = sorted(str(p.relative_to(copy)) for p in copy.rglob("*") if p.is_file())
+    assert files == ["additional_chat_templates/a.jinja", "model.safetensors"]
+    assert (copy / "model.safetensors").read_text() == "model.safetensors"

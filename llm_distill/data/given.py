@@ -63,6 +63,11 @@ def tokenised(
             f"{name} has the columns {dataset.column_names} and no tokenizer is known; give "
             "processing_class=tokenizer"
         )
+    if "position_ids" in _columns(dataset):
+        raise InputError(
+            f"{name} has position_ids, as packed sequences do, which the default collator does not "
+            "pad; give data_collator=DataCollatorWithFlattening(), or another of your own"
+        )
     known = cast("PreTrainedTokenizerBase", tokenizer)  # not read for rows that are tokens already
     seen[name] = prepare(dataset, Data(max_length=None), known, max_positions=positions)
     return seen[name].train

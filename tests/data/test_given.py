@@ -111,3 +111,11 @@ class TestFirst:
     @pytest.mark.parametrize("dataset", [None, Stream(), tiny.rows(2).to_iterable_dataset()])
     def test_streams_are_not_touched(self, dataset: Any) -> None:
         assert list(first_of(dataset, 3)) == []
+
+
+def test_packed_rows_need_a_collator_of_their_own() -> None:
+    """Their positions would be lost, and documents would see each other."""
+    rows = datasets.Dataset.from_list([{"input_ids": [5, 6, 7, 8], "position_ids": [0, 1, 0, 1]}])
+    with pytest.raises(InputError, match="train_dataset has position_ids"):
+        tokenised(rows, None, None, {}, "train_dataset")
+    assert tokenised(rows, None, None, {}, "train_dataset", keep_tokens=True) is rows
