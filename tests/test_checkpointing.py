@@ -162,3 +162,31 @@ def test_saved_config_is_the_students(tmp_path: Path) -> None:
     changed = {k for k in before if before[k] != after.get(k)} - {"_name_or_path", "dtype"}
     assert changed <= {"architectures", "transformers_version"}
     assert whole(trainer).keys()
+
+
+def test_streams_resume_where_they_were(tmp_path: Path) -> None:
+    """The rows that were trained on are skipped, queries and epochs included."""
+
+    def run(folder: Path, **resume: Any) -> dict[str, torch.Tensor]:
+        args = tiny.arguments(
+            folder,
+            max_steps=6,
+            optim="adamw_torch",
+            gradient_accumulation_steps=2,
+            save_strategy="steps",
+            save_steps=3,
+        )
+        trainer = DistillTrainer(
+            tiny.llama("student"),
+            tiny.llama("teacher"),
+            objectives(),
+            args,
+            train_dataset=tiny.rows(40).to_iterable_dataset(),
+        )
+        trainer.train(**resume)
+        assert trainer.state.global_step == 6
+        return whole(trainer)
+
+    straight = run(tmp_path)
+    resumed = run(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
