@@ -90,9 +90,8 @@ class _HeadPass(torch.autograd.Function):
         """Run all chunks."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         scale = shares.to(wide).abs().max().clamp_min(1e-30)
-        relative = (
-            shares.to(wide) / scale
-        )  # O(1): fp16 gradients of logits would underflow at 1 / N
+        # O(1): fp16 gradients of logits would underflow at 1 / N.
+        relative = shares.to(wide) / scale
         needs = ctx.needs_input_grad[:3]
         grads = _Gradients(features, weight, bias, needs, wide)
         narrow = weight.detach().to(dtype)

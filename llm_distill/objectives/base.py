@@ -82,7 +82,10 @@ class Term(nn.Module):
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, step: Step) -> Tensor:
         """The sum of the values of all items: a scalar, 0 with a graph for no items."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} has no forward of its own: head terms run in the distiller's "
+            "pass over the head, other terms write one"
+        )
 
 
 class HeadTerm(Term):

@@ -20,13 +20,13 @@ WORSE = {"perplexity": 160.0, "kl": 0.9, "agreement": 0.4}
 
 
 def distilled(**figures: float) -> Row:
-    return replace(TWIN, name="distilled", **figures)  # type: ignore[arg-type]
+    return replace(TWIN, name="distilled", **figures)  # type: ignore[arg-type]  # a StringIO
 
 
 def shown(what: RenderableType) -> str:
     console = Console(file=StringIO(), width=120)
     console.print(what)
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
     return text
 
 
