@@ -5,8 +5,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llm_distill.data import Data
-    from llm_distill.losses import cosine, forward_kl, jsd, map_kl, map_mse, mse, reverse_kl
-    from llm_distill.objectives import AttentionMaps, CrossEntropy, HiddenStates, Logits
+    from llm_distill.losses import (
+        adaptive_kl,
+        alpha_beta,
+        cosine,
+        decoupled,
+        forward_kl,
+        jsd,
+        map_kl,
+        map_mse,
+        mse,
+        reverse_kl,
+        skew_forward_kl,
+        skew_reverse_kl,
+        todi,
+        tvd,
+    )
+    from llm_distill.losses.sparse import coarsen
+    from llm_distill.objectives import AttentionMaps, CrossEntropy, HiddenStates, Logits, Taid
     from llm_distill.students import FromConfig
     from llm_distill.teachers import Local
     from llm_distill.trainer import DistillTrainer
@@ -22,13 +38,22 @@ _WHERE = {
     "HiddenStates": "objectives",
     "Local": "teachers",
     "Logits": "objectives",
+    "Taid": "objectives",
+    "adaptive_kl": "losses",
+    "alpha_beta": "losses",
+    "coarsen": "losses.sparse",
     "cosine": "losses",
+    "decoupled": "losses",
     "forward_kl": "losses",
     "jsd": "losses",
     "map_kl": "losses",
     "map_mse": "losses",
     "mse": "losses",
     "reverse_kl": "losses",
+    "skew_forward_kl": "losses",
+    "skew_reverse_kl": "losses",
+    "todi": "losses",
+    "tvd": "losses",
 }
 
 __all__ = [
@@ -40,13 +65,22 @@ __all__ = [
     "HiddenStates",
     "Local",
     "Logits",
+    "Taid",
+    "adaptive_kl",
+    "alpha_beta",
+    "coarsen",
     "cosine",
+    "decoupled",
     "forward_kl",
     "jsd",
     "map_kl",
     "map_mse",
     "mse",
     "reverse_kl",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "todi",
+    "tvd",
 ]
 
 

@@ -59,6 +59,19 @@ def check_optimizers(terms: Mapping[str, Term], optimizers: tuple[Any, Any]) -> 
         )
 
 
+def checked_rows(rows: int | None) -> int | None:
+    """Rows per chunk as they were asked for.
+
+    Raises:
+        InputError: For less than one.
+    """
+    if rows is not None and rows < 1:
+        raise InputError(
+            f"rows_per_chunk: {rows}; write a number of rows from 1 on (256), or leave it out"
+        )
+    return rows
+
+
 def survey(
     objectives: Sequence[Objective], student: ModelSpec, teacher: ModelSpec
 ) -> tuple[Request, Request]:
@@ -135,6 +148,11 @@ def teacher_request(terms: Mapping[str, Term]) -> Request:
     for term in terms.values():
         request = request | term.teacher
     return request
+
+
+def reads_logits(terms: Mapping[str, Term]) -> bool:
+    """Whether any term reads the student's logits."""
+    return any(term.student.logits for term in terms.values())
 
 
 def describe(objectives: Sequence[Objective], terms: Mapping[str, Term]) -> str:

@@ -14,17 +14,18 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from llm_distill.attention_tap import Tap, clear, discover, install, mark
 from llm_distill.signals import (
     Dense,
-    Distribution,
     Factored,
     Head,
     Heads,
     ModelSpec,
     Request,
     Signals,
+    Whole,
 )
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Reader:
         caught, last = self._run(batch.inputs, batch, request)
         hidden = {layer: caught.hidden_states[layer] for layer in request.hidden}
         heads = {layer: self._caught(layer) for layer in request.heads}
-        distribution = None
+        distribution: Whole | None = None
         if request.logits:
             rows = last.flatten(0, 1).index_select(0, batch.supervised.index)
             distribution = self._distribution(rows)
@@ -131,7 +132,7 @@ class Reader:
         self._taps[layer].caught = None
         return heads
 
-    def _distribution(self, rows: Tensor) -> Distribution:
+    def _distribution(self, rows: Tensor) -> Whole:
         """Rows and head; dense logits where the head's weights are not in memory."""
         model = plain(self._model)
         output = cast("nn.Module", model.get_output_embeddings())
@@ -217,12 +218,17 @@ def head_of(model: PreTrainedModel) -> Head:
     division = getattr(config, "logits_scaling", None)
     scale = getattr(config, "logit_scale", None)
     return Head(
-        weight=output.weight,
-        bias=output.bias,
+        weight=_gathered(output.weight),
+        bias=None if output.bias is None else _gathered(output.bias),
         scale=1.0 / float(division) if division else float(scale) if scale else 1.0,
         softcap=getattr(config, "final_logit_softcapping", None),
         transform=_transform_of(model),
     )
+
+
+def _gathered(parameter: Tensor) -> Tensor:
+    """A parameter whole, differentiably, where its shards lie on several ranks."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def _refuse_prompts(model: nn.Module, name: str) -> None:

@@ -5,26 +5,46 @@ The loss is computed inside the wrapped forward. The teacher is never a submodul
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+import psutil
 import torch
 from torch import Tensor, nn
 
 from llm_distill.capture import Reader, plain
-from llm_distill.losses.divergences import forward_kl
-from llm_distill.losses.fused import RowFunction, Work, head_pass, rows_per_chunk
-from llm_distill.objectives import MEASURES, HeadTerm, Term
-from llm_distill.objectives.logits import cross_entropy
-from llm_distill.signals import Factored, Request, Signals
+from llm_distill.faults import find
+from llm_distill.losses.fused import Teacher, head_pass, rows_per_chunk
+from llm_distill.losses.scoring import INFINITE
+from llm_distill.measures import measures
+from llm_distill.objectives import HeadTerm, Term
+from llm_distill.signals import Dense, Distribution, Factored, Request, Signals
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from transformers import GenerationConfig, PreTrainedConfig
 
+    from llm_distill.losses.projection import Projection
     from llm_distill.rows import Batch, Step
 
 LOGITS = Request(logits=True)
+
+
+class Outcome(NamedTuple):
+    """What one micro-batch gave.
+
+    Attributes:
+        loss: A scalar in fp32, with a graph.
+        sums: `[K]` of the terms, followed by those of `MEASURES` where the step asks to measure;
+            detached.
+        faults: Of rows whose loss is no number (`llm_distill.faults.find`).
+        logits: `[B, T, V]` where the step asks for them.
+    """
+
+    loss: Tensor
+    sums: Tensor
+    faults: Tensor
+    logits: Tensor | None
 
 
 class Distiller(nn.Module):
@@ -34,12 +54,21 @@ class Distiller(nn.Module):
         student: A transformers or PEFT model.
         terms: Bound objectives under their names in the log.
         name: Of the student, for messages.
+        rows_per_chunk: Rows whose logits exist at a time; None: as memory allows.
     """
 
     main_input_name = "input_ids"
 
-    def __init__(self, student: nn.Module, terms: Mapping[str, Term], name: str) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        terms: Mapping[str, Term],
+        name: str,
+        *,
+        rows_per_chunk: int | None = None,
+    ) -> None:
         super().__init__()
+        self.rows_per_chunk = rows_per_chunk
         self.student = student
         self.names = tuple(terms)
         self.terms = nn.ModuleList(terms.values())
@@ -101,92 +130,71 @@ class Distiller(nn.Module):
         """Forget the last batch, once its backward is done."""
         self._reader.release()
 
-    def forward(
-        self, batch: Batch, teacher: Signals, step: Step
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """One micro-batch.
-
-        Returns:
-            The loss, a scalar in fp32; detached sums `[K]` of the terms, followed by those of
-            `MEASURES` where the step asks to measure; full logits `[B, T, V]` where it asks for
-            them, else None.
-        """
+    def forward(self, batch: Batch, teacher: Signals, step: Step) -> Outcome:
+        """One micro-batch."""
         signals = self._reader.read(batch, extra=LOGITS if step.measure else None)
         shares = step.shares
         loss = torch.zeros((), device=shares.device)
         head_terms = [k for k, term in enumerate(self.terms) if isinstance(term, HeadTerm)]
-        values = shares.new_zeros(0)
+        values = shares.new_zeros(0, 0)
         if head_terms or step.measure:
             loss, values = self._head(head_terms, signals, teacher, batch, step)
-        sums = dict(zip(head_terms, values, strict=False))
+        faults = find(values[: len(head_terms)], batch.supervised, batch.inputs["input_ids"])
+        # Where a logit of -inf stands for -1e30, a sum is infinite and not merely large.
+        row_sums = values.masked_fill(values >= INFINITE, torch.inf).sum(1)
+        sums = dict(zip(head_terms, row_sums, strict=False))
         for k, term in enumerate(self.terms):
             if k not in sums:
                 value = term(signals, teacher, batch, step)
                 loss = loss + shares[k] * value
                 sums[k] = value.detach().to(values.dtype)
-        measured = values[len(head_terms) :]
-        kept = torch.cat([torch.stack([sums[k] for k in range(len(self.terms))]), measured])
-        return loss, kept, self._reader.full_logits(batch) if step.logits else None
+        ordered = torch.stack([sums[k] for k in range(len(self.terms))])
+        kept = torch.cat([ordered, row_sums[len(head_terms) :]])
+        logits = self._reader.full_logits(batch) if step.logits else None
+        return Outcome(loss, kept, faults, logits)
 
     def _head(
         self, chosen: Sequence[int], student: Signals, teacher: Signals, batch: Batch, step: Step
     ) -> tuple[Tensor, Tensor]:
         """All row-wise terms on logits, and the measures, in one pass."""
-        own = cast("Factored", student.logits)
+        own = cast("Factored", student.logits).projection()
         terms = [cast("HeadTerm", self.terms[k]) for k in chosen]
-        functions: list[RowFunction] = [cast("RowFunction", term.values) for term in terms]
-        shares = [step.shares[k] for k in chosen]  # one by one: a list as index waits for the GPU
-        if step.measure:
-            functions += _measures(min(len(own.head.weight), _vocabulary(teacher)))
-            shares += step.shares.new_zeros(len(MEASURES)).unbind()
         asks_teacher = step.measure or any(term.teacher.logits for term in terms)
-        work = Work(
-            functions=functions,
-            labels=batch.supervised.labels,
-            teacher=_frozen(teacher) if asks_teacher else None,
-            finish=own.head.finish,
-            chunk=rows_per_chunk(len(own.head.weight)),
-        )
+        # One by one: a list as index waits for the GPU.
+        shares = [step.shares[k] for k in chosen]
         return head_pass(
-            own.head.features(own.hidden), own.head.weight, own.head.bias, torch.stack(shares), work
+            own,
+            _target(teacher.logits) if asks_teacher else None,
+            batch.supervised.labels,
+            [term.row for term in terms],
+            torch.stack(shares) if shares else step.shares.new_zeros(0),
+            measures=measures(teacher.logits, own.vocabulary) if step.measure else (),
+            chunk=self._chunk(own),
         )
 
-
-def _frozen(teacher: Signals) -> Any:  # noqa: ANN401  a closure
-    """The teacher's logits of some rows, without a graph."""
-    distribution = teacher.logits
-
-    def logits(rows: slice) -> Tensor:
-        with torch.no_grad():
-            return distribution.logits(rows)
-
-    return logits
-
-
-def _vocabulary(teacher: Signals) -> int:
-    """Rows of the teacher's head."""
-    distribution = teacher.logits
-    return (
-        len(distribution.head.weight)
-        if isinstance(distribution, Factored)
-        else distribution.values.shape[-1]
-    )
+    def _chunk(self, student: Projection) -> int:
+        """Rows per matrix product, decided once from the memory that is free then."""
+        if self.rows_per_chunk is None:
+            device = student.features.device
+            self.rows_per_chunk = rows_per_chunk(
+                student.features.dtype,
+                device.type,
+                frozen=not student.weight.requires_grad,
+                vocabulary=student.vocabulary,
+                free=free_memory(device),
+            )
+        return self.rows_per_chunk
 
 
-def _measures(common: int) -> list[RowFunction]:
-    """Row functions of `MEASURES`, at temperature 1."""
+def _target(distribution: Distribution) -> Teacher:
+    """What the pass over the head works on."""
+    if isinstance(distribution, Factored):
+        return distribution.projection()
+    return distribution.values if isinstance(distribution, Dense) else distribution
 
-    def teacher_nll(s: Tensor, t: Tensor | None, labels: Tensor) -> Tensor:
-        del s
-        return cross_entropy(cast("Tensor", t), labels)
 
-    def kl(s: Tensor, t: Tensor | None, labels: Tensor) -> Tensor:
-        del labels
-        return forward_kl(s[:, :common], cast("Tensor", t)[:, :common])
-
-    def agreement(s: Tensor, t: Tensor | None, labels: Tensor) -> Tensor:
-        del labels
-        same = s[:, :common].argmax(-1) == cast("Tensor", t)[:, :common].argmax(-1)
-        return same.to(s.dtype)
-
-    return [lambda s, t, labels: cross_entropy(s, labels), teacher_nll, kl, agreement]
+def free_memory(device: torch.device) -> int:
+    """Bytes a device could still give."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

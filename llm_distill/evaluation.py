@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.trainer_utils import SaveStrategy
 
 from llm_distill.objectives import MEASURES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
+
+    from accelerate import Accelerator
+    from transformers import TrainingArguments
+
+
+FIGURES = ("kl", "agreement", "entropy")
+"""Of `MEASURES`, those that are shown as they are, in a training log as well."""
+
+UNTOLD = ("teacher_nll", "agreement")
+"""Of `MEASURES`, those that are NaN under a sparse teacher, who does not tell them."""
+
+LOWER_IS_BETTER = re.compile(r"loss/|(kl|perplexity)$")
+"""Figures of an evaluation that transformers would maximise, as all that do not end in `loss`."""
 
 
 class Tally:
@@ -51,6 +67,15 @@ class Tally:
         return {name: s / n for name, s, n in zip(self.names, sums, counts, strict=True) if n}
 
 
+def known(means: Mapping[str, float]) -> dict[str, float]:
+    """Without what a sparse teacher does not tell.
+
+    >>> known({"kl": 0.5, "agreement": float("nan")})
+    {'kl': 0.5}
+    """
+    return {k: v for k, v in means.items() if k not in UNTOLD or not math.isnan(v)}
+
+
 def evaluation_metrics(
     means: Mapping[str, float], weights: Mapping[str, float], prefix: str
 ) -> dict[str, float]:
@@ -65,6 +90,7 @@ def evaluation_metrics(
     >>> evaluation_metrics({"Logits": 0.5, "kl": 0.25}, {"Logits": 2.0}, "eval")
     {'eval_loss': 1.0, 'eval_loss/Logits': 0.5, 'eval_kl': 0.25}
     """
+    means = known(means)
     metrics = {
         f"{prefix}_loss": sum(weights[name] * means[name] for name in weights if name in means)
     }
@@ -72,8 +98,44 @@ def evaluation_metrics(
     for name, key in (("student_nll", "perplexity"), ("teacher_nll", "teacher_perplexity")):
         if name in means:
             metrics[f"{prefix}_{key}"] = math.exp(min(means[name], 700.0))
-    metrics |= {f"{prefix}_{name}": means[name] for name in ("kl", "agreement") if name in means}
+    metrics |= {f"{prefix}_{name}": means[name] for name in FIGURES if name in means}
     return metrics
 
 
-__all__ = ["MEASURES", "Tally", "evaluation_metrics"]
+def settle_best_metric(args: TrainingArguments, evaluation: object) -> None:
+    """KL to the teacher, of the first dataset where there are several, unless one was named."""
+    metric = args.metric_for_best_model
+    if metric == "loss" or (metric is None and args.save_strategy == SaveStrategy.BEST):
+        # What transformers fills in where nothing was said; `eval_loss` says it explicitly.
+        first = next(iter(evaluation), None) if isinstance(evaluation, Mapping) else None
+        args.metric_for_best_model = "eval_kl" if first is None else f"eval_{first}_kl"
+        args.greater_is_better = False
+    elif metric is not None and LOWER_IS_BETTER.search(metric):
+        args.greater_is_better = False
+
+
+def own_sequences(accelerator: Accelerator, sequences: int) -> int | None:
+    """Sequences of the last batch that Accelerate did not repeat for even ranks; None: all.
+
+    A stream has no length, so there its repeats count: evaluate one on a single rank.
+
+    Args:
+        accelerator: Of the run.
+        sequences: Of this batch.
+    """
+    state: Any = accelerator.gradient_state
+    if not state.end_of_dataloader or state.remainder <= 0 or accelerator.num_processes == 1:
+        return None
+    real = int(state.remainder) - int(accelerator.process_index) * sequences
+    return min(sequences, max(0, real))
+
+
+__all__ = [
+    "FIGURES",
+    "MEASURES",
+    "Tally",
+    "evaluation_metrics",
+    "known",
+    "own_sequences",
+    "settle_best_metric",
+]

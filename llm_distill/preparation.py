@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.trainer_utils import HubStrategy
 
 from llm_distill import binding, loading
 from llm_distill.binding import make_batch
@@ -18,15 +17,23 @@ from llm_distill.collation import RowCollator, first_batch
 from llm_distill.data import Collator, Prepared
 from llm_distill.data.given import first_of, tokenised
 from llm_distill.errors import InputError
+from llm_distill.evaluation import settle_best_metric
 from llm_distill.objectives import Objective, Term
 from llm_distill.signals import ModelSpec, Request
-from llm_distill.students import FromConfig, Student, as_local, student_spec
+from llm_distill.students import (
+    FromConfig,
+    Student,
+    as_local,
+    refuse_adapted_head,
+    student_spec,
+)
 from llm_distill.teachers import Local, Teacher
 from llm_distill.vocabulary import settle_tokenizers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from peft import PeftConfig
     from transformers import PreTrainedModel, TrainingArguments
 
 __all__ = ["Run", "check_arguments", "make_batch", "prepare_run"]
@@ -36,9 +43,6 @@ COLUMNS = ("input_ids", "attention_mask", "labels", "token_type_ids", "position_
 
 CHECKED = 1000
 """Examples that are looked at before training, for one that has something supervised."""
-
-LOWER_IS_BETTER = re.compile(r"loss/|(kl|perplexity)$")
-"""Figures of an evaluation that transformers would maximise, as all that do not end in `loss`."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,8 @@ def prepare_run(
     objectives: Sequence[Objective],
     args: TrainingArguments,
     kwargs: Mapping[str, Any],
+    *,
+    adapter: PeftConfig | None = None,
 ) -> Run:
     """Check everything that can be checked without weights.
 
@@ -111,6 +117,8 @@ def prepare_run(
     student = student_spec(model, master.config)
     terms = binding.bind(objectives, student, master.spec, seed=args.seed)
     binding.check_optimizers(terms, kwargs.get("optimizers", (None, None)))
+    if kwargs.get("eval_dataset") is not None or binding.reads_logits(terms):
+        refuse_adapted_head(model, master.config, adapter)
     if terms and any(term.student.heads for term in terms.values()):
         _check_checkpointing(args)
     shift = _shift(model, master)
@@ -169,7 +177,7 @@ def check_arguments(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None:
         )
     # The filter reads every micro-batch's loss on the host, and hides what it finds.
     args.logging_nan_inf_filter = False
-    _settle_best_metric(args, kwargs.get("eval_dataset"))
+    settle_best_metric(args, kwargs.get("eval_dataset"))
     loader: Any = args.accelerator_config
     if loader.dispatch_batches:
         raise InputError("dispatch_batches: rows are not cut up like [B, T] tensors; leave it out")
@@ -193,18 +201,6 @@ def _check_sharding() -> None:
             "fsdp_cpu_ram_efficient_loading leaves the teacher without weights on all ranks but "
             "the first; write fsdp_cpu_ram_efficient_loading: false"
         )
-
-
-def _settle_best_metric(args: TrainingArguments, evaluation: object) -> None:
-    """KL to the teacher, of the first dataset where there are several, unless one was named."""
-    metric = args.metric_for_best_model
-    if metric == "loss" or (metric is None and args.save_strategy == SaveStrategy.BEST):
-        # What transformers fills in where nothing was said; `eval_loss` says it explicitly.
-        first = next(iter(evaluation), None) if isinstance(evaluation, Mapping) else None
-        args.metric_for_best_model = "eval_kl" if first is None else f"eval_{first}_kl"
-        args.greater_is_better = False
-    elif metric is not None and LOWER_IS_BETTER.search(metric):
-        args.greater_is_better = False
 
 
 def _weights(model: object) -> nn.Module | None:

@@ -10,6 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm_distill.losses.projection import Finish, Projection
+from llm_distill.losses.softmax import wide
+from llm_distill.losses.sparse import Counts, TopK
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -111,12 +115,10 @@ class Head:
         """What the weight is multiplied with: `[N, D] -> [N, D]`."""
         return hidden if self.transform is None else self.transform(hidden)
 
-    def finish(self, projected: Tensor) -> Tensor:
+    @property
+    def finish(self) -> Finish:
         """From the product with the weight to logits in fp32 or better: `[N, V] -> [N, V]`."""
-        z = _wide(projected)
-        if self.scale != 1.0:
-            z = z * self.scale
-        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+        return Finish(self.scale, self.softcap)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The whole way, for a few rows: `[N, D] -> [N, V]`."""
@@ -140,6 +142,11 @@ class Factored:
         """Logits of some rows: `[n, V]`, fp32 or better."""
         return self.head.logits(self.hidden[rows])
 
+    def projection(self) -> Projection:
+        """What the pass over the head works on."""
+        head = self.head
+        return Projection(head.features(self.hidden), head.weight, head.bias, head.finish)
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -153,10 +160,14 @@ class Dense:
 
     def logits(self, rows: slice) -> Tensor:
         """Logits of some rows: `[n, V]`, fp32 or better."""
-        return _wide(self.values[rows])
+        return wide(self.values[rows])
 
 
-Distribution = Factored | Dense
+Whole = Factored | Dense
+"""Logits of the whole vocabulary: as hidden states and head, or ready made."""
+
+Distribution = Whole | TopK | Counts
+"""Whole, or a few tokens of each row."""
 
 
 @dataclass(frozen=True)
@@ -185,9 +196,9 @@ class Heads:
             part: Which of the R places of every sequence; all by default.
         """
         sequences, heads = self.query.shape[:2]
-        query = _wide(self.query[:, :, part])
+        query = wide(self.query[:, :, part])
         shared = query.unflatten(1, (self.key.shape[1], -1)).flatten(2, 3)
-        scores = (shared @ _wide(self.key).transpose(-1, -2)).view(
+        scores = (shared @ wide(self.key).transpose(-1, -2)).view(
             sequences, heads, query.shape[2], -1
         )
         scores = scores * self.scaling
@@ -229,6 +240,17 @@ class Signals:
             )
         return self.distribution
 
+    @property
+    def whole(self) -> Whole:
+        """The same, of a model that gives them whole."""
+        found = self.logits
+        if isinstance(found, TopK | Counts):
+            raise LookupError(
+                f"{self.source} gives {type(found).__name__} targets, and whole logits are asked "
+                "for; take a teacher that gives them"
+            )
+        return found
+
     def hidden(self, layer: int, rows: Rows) -> Tensor:
         """Hidden states of some rows: `[N, D]`."""
         if layer not in self.states:
@@ -246,11 +268,6 @@ class Signals:
                 f"{sorted(self.attention)}"
             )
         return self.attention[layer]
-
-
-def _wide(values: Tensor) -> Tensor:
-    """In fp32, or float64 where it was."""
-    return values if values.dtype == torch.float64 else values.float()
 
 
 def _attends(config: PreTrainedConfig) -> bool:

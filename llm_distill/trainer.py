@@ -15,7 +15,8 @@ from llm_distill import binding, schedules
 from llm_distill.calibration import calibrate
 from llm_distill.checkpointing import StudentTrainer
 from llm_distill.distiller import Distiller
-from llm_distill.evaluation import Tally, evaluation_metrics
+from llm_distill.evaluation import Tally, evaluation_metrics, own_sequences
+from llm_distill.ledger import AfterStep, Ledger, Ranks, logs_next
 from llm_distill.objectives import MEASURES, CrossEntropy, Logits, Objective
 from llm_distill.preparation import COLUMNS, make_batch, prepare_run
 from llm_distill.rows import Batch, Step
@@ -45,6 +46,8 @@ class DistillTrainer(StudentTrainer):
         objectives: What to match; by default cross-entropy (0.1) and forward KL on the logits.
         args: As for Trainer.
         peft_config: Train an adapter on the student instead of all its weights.
+        rows_per_chunk: Rows whose logits exist at a time; by default as many as keep the matrix
+            products fast and the memory allows.
         trainer_kwargs: Everything else that Trainer takes; `processing_class` is the student's
             tokenizer by default, `data_collator` one that pads `input_ids` and `labels`.
 
@@ -66,11 +69,13 @@ class DistillTrainer(StudentTrainer):
         args: TrainingArguments | None = None,
         *,
         peft_config: PeftConfig | None = None,
+        rows_per_chunk: int | None = None,
         **trainer_kwargs: Any,
     ) -> None:
         args = args if args is not None else TrainingArguments("tmp_trainer")
         objectives = DEFAULT_OBJECTIVES if objectives is None else objectives
-        run = prepare_run(model, teacher, objectives, args, trainer_kwargs)
+        chunk = binding.checked_rows(rows_per_chunk)
+        run = prepare_run(model, teacher, objectives, args, trainer_kwargs, adapter=peft_config)
         student: nn.Module = load_student(model, run.teacher.config)
         if peft_config is not None:
             student = cast(
@@ -78,7 +83,7 @@ class DistillTrainer(StudentTrainer):
             )
         self._source = run.teacher.open(run.teacher_request, args.device)
         self.run = run = calibrate(run, student, self._source, args)
-        distiller = Distiller(student, run.terms, run.student.name)
+        distiller = Distiller(student, run.terms, run.student.name, rows_per_chunk=chunk)
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = not distiller.request.logits
         use_cache = distiller.config.use_cache
@@ -92,7 +97,11 @@ class DistillTrainer(StudentTrainer):
         self.label_names = ["labels"]
         self._keep_fp32_where_it_counts()
         self._plan = binding.query_plan(run.terms)
-        self._logged = Tally(tuple(run.terms), args.device)
+        self._compares = binding.teacher_request(run.terms).logits
+        decode = getattr(self.processing_class, "decode", None)
+        ranks = Ranks(args.device, self._over_ranks, self.accelerator.gather, decode)
+        self._ledger = Ledger(run.terms, ranks)
+        self.add_callback(AfterStep(self._ledger))
         self._evaluated = Tally((*run.terms, *MEASURES), args.device)
 
     @property
@@ -101,12 +110,18 @@ class DistillTrainer(StudentTrainer):
         return int(self.accelerator.num_processes // self.get_tp_size())
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in Trainer; rank 0 shows objectives and layer maps before, counts of streams after."""
+        """As in Trainer; rank 0 shows objectives and layer maps before, counts of streams after.
+
+        Raises:
+            FloatingPointError: At the first log, or at the end, after a row whose loss is no
+                number or infinite.
+        """
         prepared = self.run.prepared.items()
         table = binding.describe(self.run.objectives, self.run.terms)
         self._announce(*(f"{name}: {found.report}" for name, found in prepared), table)
-        self._logged.reset()  # steps after the last log of another training
+        self._ledger.reset()  # steps after the last log of another training
         output: TrainOutput = super().train(*args, **kwargs)
+        self._ledger.check()  # steps after the last log
         counted = ((name, found.counter) for name, found in prepared)
         self._announce(*(f"{name}, read: {c.report()}" for name, c in counted if c is not None))
         return output
@@ -146,11 +161,15 @@ class DistillTrainer(StudentTrainer):
         counts = self._counts(batch)
         if num_items_in_batch is None:
             num_items_in_batch = self._summed([batch])
-        progress = self.state.global_step / max(self.state.max_steps, 1)
-        shares = self._weights(progress) * self._ranks / cast("Tensor", num_items_in_batch)
-        loss, sums, _ = model(batch, self._taught(batch), Step(progress, shares))
-        self._logged.add(sums, counts)
-        return (loss, {"loss": loss, "sums": sums}) if return_outputs else loss
+        items = cast("Tensor", num_items_in_batch)
+        done = self.state.global_step
+        progress = done / max(self.state.max_steps, 1)
+        shares = self._weights(progress) * self._ranks / items.clamp_min(1.0)
+        measure = self._compares and logs_next(self.args, self.state)
+        outcome = model(batch, self._taught(batch), Step(progress, shares, measure=measure))
+        self._ledger.add(outcome, counts, len(batch.supervised), items=items, step=done + 1)
+        loss = outcome.loss
+        return (loss, {"loss": loss, "sums": outcome.sums}) if return_outputs else loss
 
     def _taught(self, batch: Batch) -> Signals:
         """What the teacher says; it does not run where no term listens, as under cross-entropy."""
@@ -176,7 +195,7 @@ class DistillTrainer(StudentTrainer):
         return given | {"batch": make_batch(given, self._plan, seed=0, epoch=0, keep=0)}
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """Items of each term in the micro-batches of a step, over all ranks: `[K]`, at least 1."""
+        """Items of each term in the micro-batches of a step, over all ranks: `[K]`."""
         del device
         return self._summed([self._batch(inputs) for inputs in batch_samples])
 
@@ -184,8 +203,7 @@ class DistillTrainer(StudentTrainer):
         """Items of each term over batches and ranks."""
         totals = [sum(column) for column in zip(*map(self._counts, batches), strict=True)]
         totals = totals or [0] * len(self.run.terms)
-        counted = torch.tensor(totals, dtype=torch.float32, device=self.args.device)
-        return self._over_ranks(counted).clamp_min(1.0)
+        return self._over_ranks(self._sent(totals))
 
     def _over_ranks(self, values: Tensor) -> Tensor:
         """Sum over ranks."""
@@ -197,9 +215,11 @@ class DistillTrainer(StudentTrainer):
 
     def _weights(self, progress: float) -> Tensor:
         """Weight of each term: `[K]`."""
-        weights = [schedules.at(o.weight, progress) for o in self.run.objectives]
-        # To the device without waiting for it: this is called for every micro-batch.
-        return torch.tensor(weights, dtype=torch.float32).to(self.args.device, non_blocking=True)
+        return self._sent([schedules.at(o.weight, progress) for o in self.run.objectives])
+
+    def _sent(self, numbers: Sequence[float]) -> Tensor:
+        """Numbers of the host on the device, without waiting for it."""
+        return torch.tensor(numbers, dtype=torch.float32).to(self.args.device, non_blocking=True)
 
     def _batch(self, inputs: dict[str, Any]) -> Batch:
         """The training batch in what the row collator made, kept beside it."""
@@ -213,8 +233,7 @@ class DistillTrainer(StudentTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in Trainer, with the unweighted mean of each term beside the training loss."""
         if "loss" in logs:
-            means = self._logged.means(self._over_ranks)
-            logs |= {f"loss/{name}": value for name, value in means.items()}
+            logs |= self._ledger.report()
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -239,15 +258,14 @@ class DistillTrainer(StudentTrainer):
         """One evaluation batch, with the weights at the end of their schedules."""
         del ignore_keys
         inputs = self._prepare_inputs(inputs)
-        keep = self._own_sequences(len(inputs["input_ids"]))
+        keep = own_sequences(self.accelerator, len(inputs["input_ids"]))
         batch = make_batch(inputs, self._plan, seed=self.args.seed, epoch=0, keep=keep)
         counts = self._counts(batch)
-        divisors = torch.tensor(counts, dtype=torch.float32, device=self.args.device).clamp_min(1.0)
-        shares = self._weights(1.0) / divisors
+        shares = self._weights(1.0) / self._sent(counts).clamp_min(1.0)
         measure = self.run.teacher_request.logits
         step = Step(1.0, shares, measure=measure, logits=not prediction_loss_only)
         try:
-            loss, sums, logits = model(batch, self._source(batch), step)
+            loss, sums, _, logits = model(batch, self._source(batch), step)
         finally:
             self.distiller.release()  # else the student could not generate afterwards
         measured = [len(batch.supervised) if measure else 0] * len(MEASURES)
@@ -255,17 +273,6 @@ class DistillTrainer(StudentTrainer):
             sums = torch.cat([sums, sums.new_zeros(len(MEASURES))])
         self._evaluated.add(sums, [*counts, *measured])
         return loss, logits, None if prediction_loss_only else inputs["labels"]
-
-    def _own_sequences(self, sequences: int) -> int | None:
-        """Sequences of the last batch that Accelerate did not repeat for even ranks.
-
-        A stream has no length, so there its repeats count: evaluate one on a single rank.
-        """
-        state: Any = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder <= 0 or self.args.world_size == 1:
-            return None
-        real = int(state.remainder) - int(self.args.process_index) * sequences
-        return min(sequences, max(0, real))
 
     # Fitting into Trainer
 

@@ -8,6 +8,11 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Kernels are interpreted; Triton must know it before transformers imports it, through torch.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from transformers import LlamaForCausalLM
 
 from tests import tiny

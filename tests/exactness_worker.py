@@ -33,13 +33,15 @@ def objectives() -> list[Any]:
 
 
 def calibrated_objectives() -> list[Any]:
-    """The same, with what data decides first: a fitted projector, and matched heads."""
-    from llm_distill import AttentionMaps, HiddenStates
+    """The same, with what data decides first: a fitted projector, matched heads; and what moves."""
+    from llm_distill import AttentionMaps, HiddenStates, Logits, Taid, jsd
     from llm_distill.heads import match
     from llm_distill.layers import last
 
     fitted = HiddenStates(weight=0.2, layers=last, init="least_squares", rows="valid")
-    return [*objectives()[:3], fitted, AttentionMaps(queries=5, rows="valid", heads=match)]
+    maps = AttentionMaps(queries=5, rows="valid", heads=match)
+    moving = Logits(loss=jsd, name="moving", target=Taid(start=0.2, pace=0.3, momentum=0.5))
+    return [*objectives()[:3], fitted, maps, moving]
 
 
 def train(folder: Path, batch: int, accumulation: int, data: Any) -> Any:
@@ -105,7 +107,8 @@ def _engine(trainer: Any) -> dict[str, Any]:
 def _numbers(trainer: Any, label: str) -> dict[str, Any]:
     """Training logs, and an evaluation of 9 rows, which no number of ranks divides."""
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    logs = [{key: e[key] for key in e if key.startswith("loss")} for e in entries]
+    told = ("loss", "target", "kl", "agreement", "entropy")
+    logs = [{key: e[key] for key in e if key.startswith(told)} for e in entries]
     metrics = trainer.evaluate(eval_dataset=tiny.rows(9))
     slow = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
     kept = {k: v for k, v in metrics.items() if k.startswith("eval_") and k not in slow}

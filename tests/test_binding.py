@@ -175,3 +175,15 @@ class TestMakeBatch:
         whole = self.queries()
         assert batch.queries.per_sequence == (*whole.per_sequence[:keep], *[0] * (4 - keep))
         assert batch.queries.position[:keep].tolist() == whole.position[:keep].tolist()
+
+
+def test_rows_per_chunk() -> None:
+    assert binding.checked_rows(None) is None
+    assert binding.checked_rows(1) == 1
+    with pytest.raises(InputError, match=r"rows_per_chunk: 0; write .* from 1 on \(256\)"):
+        binding.checked_rows(0)
+
+
+def test_who_reads_the_students_logits() -> None:
+    assert binding.reads_logits(bind(HiddenStates(), CrossEntropy()))
+    assert not binding.reads_logits(bind(HiddenStates(), AttentionMaps()))

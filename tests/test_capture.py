@@ -1,19 +1,26 @@
 """Signals equal what the model itself returns, on every family, padding and mode."""
 
 import copy
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
 
-from llm_distill.capture import Reader, plain, predicts_next, refuse_layers
+from llm_distill.capture import Reader, head_of, plain, predicts_next, refuse_layers
 from llm_distill.collation import RowCollator
+from llm_distill.losses.fused import head_pass
+from llm_distill.losses.rowwise import Nll, Tempered
 from llm_distill.objectives import QueryPlan
 from llm_distill.preparation import make_batch
 from llm_distill.rows import Batch
-from llm_distill.signals import Dense, ModelSpec, Request
+from llm_distill.signals import Dense, Factored, ModelSpec, Request
 from tests import tiny
 
 FAMILIES = ["llama", "qwen3", "gpt2", "gemma2", "gemma3", "bert"]
@@ -53,7 +60,7 @@ def test_signals_are_what_the_model_returns(family: str, side: str) -> None:
 
     rows = batch.supervised.index
     logits = out.logits.flatten(0, 1)[rows]
-    assert torch.allclose(signals.logits.logits(slice(None)), logits, atol=2e-4)
+    assert torch.allclose(signals.whole.logits(slice(None)), logits, atol=2e-4)
     for layer in (0, 1, model.config.num_hidden_layers):
         expected = out.hidden_states[layer].flatten(0, 1)[rows]
         assert torch.allclose(signals.hidden(layer, batch.supervised), expected, atol=1e-4)
@@ -87,7 +94,7 @@ def test_left_and_right_padding_agree(family: str) -> None:
         maps = signals.heads(1).maps(batch.queries)
         values.append(
             (
-                signals.logits.logits(slice(None)),
+                signals.whole.logits(slice(None)),
                 signals.hidden(1, batch.valid),
                 maps.sort(-1).values[..., -4:],
             )
@@ -108,7 +115,7 @@ def test_pads_change_nothing(family: str) -> None:
     other = Batch({**batch.inputs, "input_ids": ids}, batch.supervised, batch.valid, batch.queries)
     after = reader.read(other)
     assert batch.queries is not None
-    assert torch.equal(before.logits.logits(slice(None)), after.logits.logits(slice(None)))
+    assert torch.equal(before.whole.logits(slice(None)), after.whole.logits(slice(None)))
     assert torch.equal(before.hidden(1, batch.supervised), after.hidden(1, batch.supervised))
     assert torch.equal(before.heads(1).maps(batch.queries), after.heads(1).maps(batch.queries))
 
@@ -129,7 +136,7 @@ def test_gradients_equal_eager_attention(family: str, checkpointing: bool) -> No
     ours = signals.heads(1).maps(batch.queries).square().sum()
     ours = ours + signals.heads(depth).maps(batch.queries).square().sum()
     ours = ours + signals.hidden(1, batch.supervised).square().mean()
-    ours = ours + signals.logits.logits(slice(None)).square().mean()
+    ours = ours + signals.whole.logits(slice(None)).square().mean()
     ours.backward()
     reader.release()
 
@@ -186,7 +193,7 @@ def test_no_cache_is_made(teacher: Any) -> None:
 def test_soft_capped_heads_are_read() -> None:
     model = tiny.gemma3(softcap=3.0)
     batch = batch_of(model)
-    logits = Reader(model, Request(logits=True), "gemma").read(batch).logits.logits(slice(None))
+    logits = Reader(model, Request(logits=True), "gemma").read(batch).whole.logits(slice(None))
     assert logits.abs().max() < 3.0
     expected = model(**batch.inputs).logits.flatten(0, 1)[batch.supervised.index]
     assert torch.allclose(logits, expected, atol=1e-5)
@@ -229,7 +236,7 @@ def test_adapters_are_seen_through_and_adapted_heads_refused(student: Any) -> No
         student, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     )
     batch = batch_of(student)
-    logits = Reader(adapted, Request(logits=True), "lora").read(batch).logits.logits(slice(None))
+    logits = Reader(adapted, Request(logits=True), "lora").read(batch).whole.logits(slice(None))
     expected = adapted(**batch.inputs).logits.flatten(0, 1)[batch.supervised.index]
     assert torch.allclose(logits, expected, atol=1e-4)
     assert isinstance(plain(adapted), PreTrainedModel)
@@ -245,9 +252,47 @@ def test_saved_head_module_is_read(student: Any) -> None:
     with torch.no_grad():
         plain(adapted).get_output_embeddings().modules_to_save["default"].weight.mul_(2)
     batch = batch_of(student)
-    logits = Reader(adapted, Request(logits=True), "lora").read(batch).logits.logits(slice(None))
+    logits = Reader(adapted, Request(logits=True), "lora").read(batch).whole.logits(slice(None))
     expected = adapted(**batch.inputs).logits.flatten(0, 1)[batch.supervised.index]
     assert torch.allclose(logits, expected, atol=1e-4)
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+    """One process, as a mesh."""
+    dist.init_process_group("gloo", f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_sharded_head_is_gathered_with_its_gradient(mesh: DeviceMesh, biased: bool) -> None:
+    """The pass over the head gets plain tensors, the shards their gradients."""
+    model: Any = tiny.llama("student")
+    whole = torch.nn.Linear(32, tiny.VOCABULARY, bias=biased)
+    sharded = torch.nn.Linear(32, tiny.VOCABULARY, bias=biased)
+    for name, value in whole.named_parameters():
+        sharded.register_parameter(
+            name, torch.nn.Parameter(distribute_tensor(value.detach(), mesh, [Shard(0)]))
+        )
+    losses = []
+    for layer in (whole, sharded):
+        model.lm_head = layer
+        head = head_of(model)
+        assert not isinstance(head.weight, DTensor)
+        assert (head.bias is None) is not biased
+        rows = torch.linspace(-1.0, 1.0, 5 * 32).view(5, 32)
+        student = Factored(rows, head).projection()
+        given = (student, torch.zeros(5, tiny.VOCABULARY), torch.tensor([1, 5, 2, 0, 99]))
+        loss, _ = head_pass(*given, [Nll(), Tempered()], torch.tensor([0.5, 2.0]))
+        loss.backward()
+        losses.append(float(loss.detach()))
+    assert losses[0] == losses[1]
+    for name, value in whole.named_parameters():
+        slope = sharded.get_parameter(name).grad
+        assert isinstance(slope, DTensor)
+        assert torch.equal(slope.full_tensor(), value.grad)  # type: ignore[arg-type]  # it has one
 
 
 def test_offloaded_head_gives_dense_logits(tmp_path: Any) -> None:
@@ -263,8 +308,8 @@ def test_offloaded_head_gives_dense_logits(tmp_path: Any) -> None:
     with torch.no_grad():
         signals = Reader(offloaded, Request(logits=True), "offloaded").read(batch)
     assert isinstance(signals.logits, Dense)
-    expected = Reader(model, Request(logits=True), "whole").read(batch).logits.logits(slice(None))
-    assert torch.allclose(signals.logits.logits(slice(None)), expected, atol=1e-5)
+    expected = Reader(model, Request(logits=True), "whole").read(batch).whole.logits(slice(None))
+    assert torch.allclose(signals.whole.logits(slice(None)), expected, atol=1e-5)
 
 
 def test_no_attention_is_refused_from_the_config_alone() -> None:
@@ -289,7 +334,7 @@ def test_models_without_position_ids_take_left_padding() -> None:
     given = {k: v for k, v in batch.inputs.items() if k != "position_ids"}
     expected = model(**given).logits.flatten(0, 1)[batch.supervised.index]
     signals = Reader(model, Request(logits=True), "bloom").read(batch)
-    assert torch.allclose(signals.logits.logits(slice(None)), expected, atol=1e-4)
+    assert torch.allclose(signals.whole.logits(slice(None)), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])

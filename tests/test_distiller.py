@@ -1,5 +1,6 @@
 """Student and terms as one module: sums, shares, empty batches, and what wrappers look at."""
 
+import math
 import traceback
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from llm_distill import AttentionMaps, CrossEntropy, HiddenStates, Logits
+from llm_distill import AttentionMaps, CrossEntropy, HiddenStates, Logits, Taid, jsd
 from llm_distill.binding import bind, needs_valid, query_plan, teacher_request
 from llm_distill.collation import RowCollator
-from llm_distill.distiller import Distiller
-from llm_distill.evaluation import Tally
+from llm_distill.distiller import Distiller, free_memory
+from llm_distill.ledger import Ledger, Ranks
 from llm_distill.objectives import MEASURES
 from llm_distill.preparation import make_batch
 from llm_distill.projectors import fit_least_squares
@@ -49,13 +50,14 @@ def test_loss_is_the_shared_sum_of_the_terms() -> None:
     distiller, source, batch = parts()
     given = batch(tiny.batch())
     shares = [0.3, 0.5, 0.7, 0.2]
-    loss, sums, logits = distiller(given, source(given), step(shares))
+    loss, sums, faults, logits = distiller(given, source(given), step(shares))
     assert loss.shape == ()
     assert loss.dtype == torch.float32
     expected = (torch.tensor(shares) * sums).sum()
     assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-6)
     assert not sums.requires_grad
     assert logits is None
+    assert not faults.any()
 
 
 def test_each_term_has_its_own_gradient() -> None:
@@ -80,7 +82,7 @@ def test_no_rows_give_zero_with_a_graph() -> None:
     inputs = tiny.batch()
     inputs["labels"] = torch.full_like(inputs["labels"], -100)
     given = batch(inputs)
-    loss, sums, _ = distiller(given, source(given), step([1.0, 1.0, 1.0, 1.0]))
+    loss, sums, _, _ = distiller(given, source(given), step([1.0, 1.0, 1.0, 1.0]))
     assert float(loss.detach()) == 0.0
     assert not sums.any()
     loss.backward()
@@ -92,13 +94,88 @@ def test_no_rows_give_zero_with_a_graph() -> None:
 def test_measures_do_not_touch_the_loss() -> None:
     distiller, source, batch = parts()
     given = batch(tiny.batch())
-    plain, sums, _ = distiller(given, source(given), step([1.0, 1.0, 1.0, 1.0]))
-    loss, more, _ = distiller(given, source(given), step([1.0, 1.0, 1.0, 1.0], measure=True))
+    plain, sums, _, _ = distiller(given, source(given), step([1.0, 1.0, 1.0, 1.0]))
+    loss, more, _, _ = distiller(given, source(given), step([1.0, 1.0, 1.0, 1.0], measure=True))
     assert float(plain.detach()) == float(loss.detach())
     assert torch.equal(more[: len(sums)], sums)
     measured = dict(zip(MEASURES, more[len(sums) :].tolist(), strict=True))
     assert measured["student_nll"] == pytest.approx(float(sums[0]), rel=1e-6)
     assert measured["kl"] == pytest.approx(float(sums[1]), rel=1e-6)
+
+
+def test_inference_mode_gives_the_same_numbers() -> None:
+    distiller, source, batch = parts([*WANTED, Logits(loss=jsd, target=Taid(), name="moving")])
+    given = batch(tiny.batch())
+    asked = step([0.3, 0.5, 0.7, 0.2, 0.1], measure=True, logits=True)
+    trained = distiller(given, source(given), asked)
+    with torch.inference_mode():
+        outcome = distiller(given, source(given), asked)
+    assert float(outcome.loss) == pytest.approx(float(trained.loss.detach()), rel=1e-6)
+    assert torch.allclose(outcome.sums, trained.sums)
+    assert outcome.logits is not None
+
+
+def test_infinite_measures_are_infinite_and_no_fault() -> None:
+    """The term is bounded; the KL that is measured with it is infinite, and says so."""
+    distiller, source, batch = parts([Logits(loss=jsd)])
+    forbid(distiller.student, 7)
+    given = batch(tiny.batch())
+    outcome = distiller(given, source(given), step([1.0], measure=True))
+    measured = dict(zip(MEASURES, outcome.sums[1:].tolist(), strict=True))
+    assert measured["kl"] == math.inf
+    assert outcome.sums[0].isfinite()
+    assert math.isfinite(measured["entropy"])
+    assert not outcome.faults.any()
+
+
+def test_infinite_terms_are_infinite_and_a_fault() -> None:
+    """The other rows keep loss and gradient."""
+    distiller, source, batch = parts([CrossEntropy(), Logits()])
+    forbid(distiller.student, 7)
+    given = batch(tiny.batch())
+    outcome = distiller(given, source(given), step([1.0, 1.0]))
+    assert outcome.sums[1] == math.inf
+    assert outcome.faults[:2].tolist() == [len(given.supervised), 1]
+    assert outcome.loss.isfinite()
+    outcome.loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in distiller.parameters())
+
+
+def forbid(model: Any, token: int) -> None:
+    """A head whose bias gives a token no chance at all."""
+    old = model.lm_head
+    model.lm_head = torch.nn.Linear(old.in_features, old.out_features)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(old.weight)
+        model.lm_head.bias.zero_()
+        model.lm_head.bias[token] = -math.inf
+
+
+def test_rows_per_chunk_are_settled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the memory that is free at the first pass; the result does not hang on them."""
+    losses = []
+    for rows in (None, 1, 5, 1000):
+        distiller, source, batch = parts()
+        distiller.rows_per_chunk = rows
+        given = batch(tiny.batch())
+        asked = [0]
+
+        def free(device: torch.device, asked: list[int] = asked) -> int:
+            asked[0] += 1
+            return 1 << 20
+
+        monkeypatch.setattr("llm_distill.distiller.free_memory", free)
+        for _ in range(2):
+            outcome = distiller(given, source(given), step([1.0] * 4))
+        losses.append(float(outcome.loss.detach()))
+        assert asked == [1 if rows is None else 0]
+        # An eighth of 1 MiB holds 128 rows of two models' 128 fp32 logits.
+        assert distiller.rows_per_chunk == (rows or 128)
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
+
+
+def test_free_memory() -> None:
+    assert free_memory(torch.device("cpu")) > 1 << 20
 
 
 def test_nothing_of_the_teacher_is_inside() -> None:
@@ -119,7 +196,7 @@ def test_pads_change_neither_values_nor_gradients() -> None:
             for key, value in inputs.items()
         }
         given = batch(inputs)
-        loss, sums, _ = distiller(given, source(given), step([1.0, 1.0, 1.0, 1.0]))
+        loss, sums, _, _ = distiller(given, source(given), step([1.0, 1.0, 1.0, 1.0]))
         loss.backward()
         gradients: list[Any] = [p.grad for p in distiller.parameters()]
         results.append((sums, gradients))
@@ -154,14 +231,21 @@ def test_the_host_waits_for_no_tensor() -> None:
                     waited.append(caller.name)
             return func(*args, **(kwargs or {}))
 
-    distiller, source, batch = parts()
+    distiller, source, batch = parts([*WANTED, Logits(loss=jsd, target=Taid(), name="moving")])
     given = batch(tiny.batch())
-    theirs, tally = source(given), Tally(distiller.names, torch.device("cpu"))
+    theirs = source(given)
+    alone = Ranks(torch.device("cpu"), reduce=torch.clone, gather=torch.clone)
+    terms: Any = dict(zip(distiller.names, distiller.terms, strict=True))
+    ledger = Ledger(terms, alone)
     with Watching():
-        loss, sums, _ = distiller(given, theirs, step([0.3, 0.5, 0.7, 0.2]))
-        tally.add(sums, [1] * len(distiller.names))
-        loss.backward()
-    assert waited == []
+        outcome = distiller(given, theirs, step([0.3, 0.5, 0.7, 0.2, 0.1], measure=True))
+        ledger.add(outcome, [1] * 5, 5, items=torch.ones(5), step=1)
+        ledger.after_step(0.5)
+        outcome.loss.backward()
+    # The pass over the head asks a CPU for numbers, and only a CPU.
+    assert set(waited) <= {"fused.py", "scoring.py"}
+    assert float(terms["moving"].mix) == pytest.approx(0.7)
+    waited.clear()
     with Watching():  # which does see a number that the package reads
         fit_least_squares(torch.nn.Linear(1, 1), torch.rand(3, 1), torch.rand(3, 1))
     assert waited == ["projectors.py"]

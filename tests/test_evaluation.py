@@ -1,12 +1,14 @@
 """Sums and counts over an evaluation, and the figures made of them."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from llm_distill.evaluation import MEASURES, Tally, evaluation_metrics
+from llm_distill.evaluation import MEASURES, Tally, evaluation_metrics, own_sequences
 
 CPU = torch.device("cpu")
 
@@ -75,6 +77,7 @@ MEANS = {
     "teacher_nll": 1.0,
     "kl": 0.25,
     "agreement": 0.75,
+    "entropy": 1.5,
 }
 
 
@@ -90,6 +93,7 @@ class TestMetrics:
             "eval_teacher_perplexity": pytest.approx(math.e),
             "eval_kl": 0.25,
             "eval_agreement": 0.75,
+            "eval_entropy": 1.5,
         }
 
     def test_the_prefix_is_transformers_own(self) -> None:
@@ -109,3 +113,39 @@ class TestMetrics:
     def test_every_measure_is_told(self) -> None:
         got = evaluation_metrics(dict.fromkeys(MEASURES, 1.0), {}, "eval")
         assert len(got) == 1 + len(MEASURES)
+
+    def test_what_a_sparse_teacher_does_not_tell_is_left_out(self) -> None:
+        means = MEANS | {"teacher_nll": math.nan, "agreement": math.nan}
+        got = evaluation_metrics(means, {"Logits": 1.0}, "eval")
+        assert got.keys() >= {"eval_perplexity", "eval_kl", "eval_entropy"}
+        assert not {"eval_teacher_perplexity", "eval_agreement"} & got.keys()
+
+    def test_what_is_no_number_is_told(self) -> None:
+        means = {"Logits": math.nan, "kl": math.inf, "student_nll": math.nan}
+        got = evaluation_metrics(means, {"Logits": 1.0}, "eval")
+        assert math.isnan(got["eval_loss"])
+        assert math.isnan(got["eval_perplexity"])
+        assert got["eval_kl"] == math.inf
+
+
+class TestRepeatedSequences:
+    """9 sequences on 2 ranks in batches of 2: the last holds one real one on rank 0."""
+
+    @pytest.mark.parametrize(
+        ("end", "remainder", "ranks", "rank", "expected"),
+        [
+            (False, 1, 2, 0, None),
+            (True, 1, 2, 0, 1),
+            (True, 1, 2, 1, 0),
+            (True, 3, 2, 0, 2),
+            (True, 3, 2, 1, 1),
+            (True, -1, 2, 1, None),  # a stream has no length
+            (True, 1, 1, 0, None),
+        ],
+    )
+    def test_they_do_not_count(
+        self, end: bool, remainder: int, ranks: int, rank: int, expected: int | None
+    ) -> None:
+        state = SimpleNamespace(end_of_dataloader=end, remainder=remainder)
+        run: Any = SimpleNamespace(gradient_state=state, num_processes=ranks, process_index=rank)
+        assert own_sequences(run, 2) == expected

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests import reference
 from tests.exactness_worker import EMPTY
 from tests.launch import launch
 
 BOUND = 3e-7
-NAMES = ("CrossEntropy", "Logits", "HiddenStates", "HiddenStates.2", "AttentionMaps")
+NAMES = ("CrossEntropy", "Logits", "HiddenStates", "HiddenStates.2", "AttentionMaps", "moving")
+BESIDE = {"loss", "target/moving", "kl", "agreement", "entropy"}
 
 pytestmark = pytest.mark.distributed
 
@@ -51,11 +53,11 @@ def test_splittings_agree(results: dict[str, Any], engine: str, splitting: str, 
 def test_logs_are_those_of_one_process(
     results: dict[str, Any], label: str, engine: str, batch: int
 ) -> None:
-    """The loss, and each objective without its weight, over all micro-batches and ranks."""
+    """The loss, each objective without its weight, and the measures, over all batches and ranks."""
     reference = results["one"][f"logs {label} 8"]
     assert len(reference) == 3
     for ours, expected in zip(results[engine][f"logs {label} {batch}"], reference, strict=True):
-        assert set(expected) == {"loss", *(f"loss/{name}" for name in NAMES)}
+        assert set(expected) == BESIDE | {f"loss/{name}" for name in NAMES}
         assert ours == pytest.approx(expected, rel=1e-5)
 
 
@@ -77,6 +79,16 @@ def test_training_moved_the_weights(results: dict[str, Any]) -> None:
     assert min(moved) > 1e-5
     assert any(name.startswith("terms.") for name in end)
     assert deviation(end, results["one"]["empty 1x8x1"]) > 1e-4
+
+
+@pytest.mark.parametrize("label", ["full", "empty"])
+def test_a_moving_target_hears_of_the_whole_step(results: dict[str, Any], label: str) -> None:
+    """The share of the next step follows from the means that were logged, as plain floats say."""
+    logs = results["one"][f"logs {label} 8"]
+    shares = reference.taid([log["loss/moving"] for log in logs], 0.2, 1.0, 0.3, 0.5)
+    # A log tells the share after its step.
+    assert [log["target/moving"] for log in logs] == pytest.approx(shares, rel=1e-6)
+    assert shares[1] > 0.2 + 0.8 * 2 / 3 - 1e-6
 
 
 def test_two_processes_really_ran(results: dict[str, Any]) -> None:

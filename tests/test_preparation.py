@@ -16,7 +16,16 @@ from transformers import (
     TrainingArguments,
 )
 
-from llm_distill import AttentionMaps, DistillTrainer, FromConfig, HiddenStates, Local, Logits
+from llm_distill import (
+    AttentionMaps,
+    DistillTrainer,
+    FromConfig,
+    HiddenStates,
+    Local,
+    Logits,
+    Taid,
+    skew_forward_kl,
+)
 from llm_distill import heads as head_rules
 from llm_distill import layers as layer_maps
 from llm_distill.data import Collator
@@ -127,6 +136,24 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown architecture": ({"model": FromConfig("lama")}, "did you mean 'llama'"),
     "masked student": ({"model": tiny.bert()}, "student is a masked .* the teacher a causal one"),
+    "a share of a skewed loss": (
+        {"objectives": [lambda: Logits(loss=partial(skew_forward_kl, alpha=1.5))]},
+        r"skew_forward_kl\(alpha=1.5\) fails .* alpha",
+    ),
+    "a moving target": ({"objectives": [lambda: Logits(target=Taid(start=2.0))]}, "Taid: start=2"),
+    "rows per chunk": ({"rows_per_chunk": 0}, "rows_per_chunk: 0; write a number of rows from 1"),
+    "an adapter on the head": (
+        {"peft_config": LoraConfig(target_modules=["q_proj", "lm_head"])},
+        "the adapter would sit on lm_head, the student's .*; take lm_head out of target_modules",
+    ),
+    "an adapter on the head, which only an evaluation reads": (
+        {
+            "objectives": [HiddenStates],
+            "peft_config": LoraConfig(target_modules=["lm_head"]),
+            "eval_dataset": tiny.rows(2),
+        },
+        "the adapter would sit on lm_head",
+    ),
     "different tokenizers": (
         {"processing_class": on_disk.tokenizer("zebras graze where lions doze")},
         "the tokenizers differ: token ",
@@ -316,6 +343,13 @@ def test_batches_cut_up_by_one_process_are_refused(tmp_path: Path) -> None:
     args = tiny.arguments(tmp_path, accelerator_config={"dispatch_batches": True})
     with pytest.raises(InputError, match="dispatch_batches: rows are not cut up"):
         check_arguments(args, {})
+
+
+def test_an_adapter_on_a_head_that_nobody_reads(saved: dict[str, Any], tmp_path: Path) -> None:
+    adapter = LoraConfig(target_modules=["lm_head"])
+    kwargs = {"train_dataset": tiny.rows(4)}
+    given = (saved["model"], saved["teacher"], [HiddenStates()], tiny.arguments(tmp_path), kwargs)
+    assert prepare_run(*given, adapter=adapter).kwargs.keys() >= {"train_dataset"}
 
 
 def test_an_optimizer_that_does_not_know_the_projectors_is_refused(

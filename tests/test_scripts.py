@@ -230,7 +230,7 @@ def test_unknown_kind_of_install_is_refused(machine: Machine) -> None:
 def test_every_direct_dependency_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
-    asked = {re.split("[<>=]", line)[0].lower() for group in groups for line in group}
+    asked = {re.split("[<>=;]", line)[0].lower() for group in groups for line in group}
     lines = (ROOT / "scripts" / "constraints.txt").read_text().splitlines()
     pinned = {line.partition("==")[0].lower() for line in lines if "==" in line}
     assert asked <= pinned

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import BertConfig, Gemma3Config, GPT2Config, LlamaConfig
 
+from llm_distill.losses.sparse import Counts, TopK
 from llm_distill.rows import Queries, sample_queries, valid_rows
 from llm_distill.signals import Dense, Factored, Head, Heads, ModelSpec, Request, Signals
 from tests import reference
@@ -84,6 +85,30 @@ def test_factored_and_dense_logits_agree() -> None:
     for rows in (slice(0, 6), slice(2, 4), slice(4, 99), slice(0, 0)):
         torch.testing.assert_close(factored.logits(rows), dense.logits(rows))
     assert Dense(random(6, 9, dtype=torch.bfloat16)).logits(slice(2)).dtype == torch.float32
+
+
+def test_a_projection_is_the_same_head_for_the_pass() -> None:
+    """Transform, bias, scale and soft cap included."""
+    head = Head(random(11, 4, seed=1), random(11, seed=2), 0.5, 3.0, transform=torch.tanh)
+    rows = random(6, 4)
+    given = Factored(rows, head).projection()
+    product = given.product(slice(1, 4), torch.empty(3, 11, dtype=torch.float64))
+    expected = Factored(rows, head).logits(slice(1, 4))
+    assert torch.allclose(given.finish(product), expected, rtol=1e-12)
+    assert (len(given), given.vocabulary) == (6, 11)
+
+
+@pytest.mark.parametrize("kind", ["TopK", "Counts"])
+def test_sparse_targets_are_not_whole(kind: str) -> None:
+    logits = random(3, 7)
+    sparse: TopK | Counts = TopK.of(logits, 2)
+    if kind == "Counts":
+        sparse = Counts(torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), 1)
+    said = Signals("teacher X", sparse)
+    assert said.logits is sparse
+    with pytest.raises(LookupError, match=f"teacher X gives {kind} targets, and whole logits are"):
+        _ = said.whole
+    assert Signals("teacher X", Dense(logits)).whole.logits(slice(None)) is not None
 
 
 def test_hidden_states_are_read_at_the_rows() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -19,9 +20,15 @@ from transformers import (
 )
 
 from llm_distill import FromConfig, Local
+from llm_distill.capture import head_of, plain
 from llm_distill.errors import InputError
 from llm_distill.signals import ModelSpec
-from llm_distill.students import load_student, student_spec
+from llm_distill.students import (
+    head_name,
+    load_student,
+    refuse_adapted_head,
+    student_spec,
+)
 from tests import tiny
 
 SMALL: dict[str, Any] = {
@@ -205,3 +212,70 @@ class TestSpec:
     def test_its_name(self, config: PreTrainedConfig) -> None:
         assert student_spec(FromConfig("llama", SMALL), config).name == "FromConfig(llama)"
         assert student_spec(tiny.llama("student"), config).name == "LlamaForCausalLM"
+
+
+class TestAdaptedHeads:
+    """An adapter on the head is found from names alone."""
+
+    @pytest.mark.parametrize(
+        ("options", "refused"),
+        [
+            ({"target_modules": ["q_proj", "lm_head"]}, True),
+            ({"target_modules": "lm_head"}, True),
+            ({"target_modules": r".*(q_proj|lm_head)"}, True),
+            ({"target_parameters": ["lm_head.weight"]}, True),
+            ({"target_modules": ["q_proj"]}, False),
+            ({"target_modules": "all-linear"}, False),  # PEFT leaves the head out
+            ({"target_modules": ["head"]}, False),
+            ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, False),
+            ({"target_modules": r".*", "exclude_modules": ["lm_head"]}, False),
+            ({"target_parameters": ["q_proj.weight"]}, False),
+            ({}, False),  # PEFT's own choice
+        ],
+    )
+    @pytest.mark.parametrize("kind", ["path", "loaded", "random"])
+    def test_by_any_way_of_naming_it(
+        self, kind: str, options: dict[str, Any], refused: bool, tmp_path: Path
+    ) -> None:
+        tiny.llama("student").config.save_pretrained(tmp_path)
+        students: dict[str, Any] = {
+            "path": str(tmp_path),
+            "loaded": tiny.llama("student"),
+            "random": FromConfig("llama", SMALL),
+        }
+        given = students[kind], tiny.llama("teacher").config, LoraConfig(**options)
+        if not refused:
+            refuse_adapted_head(*given)
+            return
+        with pytest.raises(InputError, match="take lm_head out of target_modules, or write mod"):
+            refuse_adapted_head(*given)
+
+    @pytest.mark.parametrize(("family", "name"), [("gpt2", "lm_head"), ("bert", "decoder")])
+    def test_whatever_the_head_is_called(self, family: str, name: str, tmp_path: Path) -> None:
+        model = tiny.bert() if family == "bert" else tiny.gpt2()
+        model.config.save_pretrained(tmp_path)
+        with pytest.raises(InputError, match=f"would sit on .*{name}, the student's language-mode"):
+            refuse_adapted_head(str(tmp_path), model.config, LoraConfig(target_modules=[name]))
+
+    def test_what_peft_does_agrees(self) -> None:
+        """The model that a refused adapter would have made has no plain head."""
+        made = get_peft_model(tiny.llama("student"), LoraConfig(target_modules=["lm_head"]))
+        with pytest.raises(ValueError, match="take the head out of target_modules"):
+            head_of(plain(made))
+
+    def test_none_and_prompts(self) -> None:
+        student, teacher = tiny.llama("student"), tiny.llama("teacher").config
+        refuse_adapted_head(student, teacher, None)
+        prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        refuse_adapted_head(student, teacher, prompts)
+
+    def test_a_class_that_is_not_transformers_own_is_left_to_its_weights(self) -> None:
+        class Own(LlamaConfig):
+            model_type = "own_llama"
+
+        class Spec(Local):
+            @property
+            def config(self) -> Any:
+                return Own(**SMALL)
+
+        assert head_name(Spec("me/own"), Own(**SMALL)) is None

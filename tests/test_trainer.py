@@ -20,11 +20,18 @@ from llm_distill import (
     HiddenStates,
     Local,
     Logits,
+    Taid,
+    adaptive_kl,
+    decoupled,
+    jsd,
+    tvd,
 )
+from llm_distill.errors import InputError
 from llm_distill.heads import group
+from llm_distill.recipe import Recipe
 from llm_distill.rows import supervised_rows
 from llm_distill.schedules import linear
-from tests import tiny
+from tests import reference, tiny
 from tests.exactness_worker import objectives
 
 
@@ -37,6 +44,7 @@ def build(folder: Path, wanted: Any = None, **changes: Any) -> DistillTrainer:
         "optimizers",
         "peft_config",
         "data_collator",
+        "rows_per_chunk",
     )
     given = {name: changes.pop(name) for name in names if name in changes}
     return DistillTrainer(
@@ -229,6 +237,126 @@ def test_schedules_follow_the_progress(tmp_path: Path) -> None:
         assert log["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+MEASURED = {"kl", "agreement", "entropy"}
+
+
+def logs(trainer: DistillTrainer) -> list[dict[str, float]]:
+    return [log for log in trainer.state.log_history if "loss" in log]
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (1, 8), (2, 4)])
+def test_logged_measures_are_the_naive_ones(tmp_path: Path, batch: int, accumulation: int) -> None:
+    """Token means over the whole step that is logged, from dense logits in float64."""
+    split = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    trainer = build(tmp_path, [Logits(loss=jsd)], learning_rate=0.0, logging_steps=2, **split)
+    trainer.train()
+    (logged,) = logs(trainer)
+    rows = list(tiny.rows())[8:16]  # of the second step
+    z_s, _ = naive_rows(tiny.llama("student"), rows)
+    z_t, _ = naive_rows(tiny.llama("teacher"), rows)
+    log_q, log_p = z_s.log_softmax(-1), z_t.log_softmax(-1)
+    expected = {
+        "kl": (log_p.exp() * (log_p - log_q)).sum(-1).mean(),
+        "agreement": (z_s.argmax(-1) == z_t.argmax(-1)).double().mean(),
+        "entropy": -(log_q.exp() * log_q).sum(-1).mean(),
+    }
+    for name, value in expected.items():
+        assert logged[name] == pytest.approx(float(value), rel=1e-5)
+
+
+def test_measures_are_taken_on_logged_steps_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    trainer = build(tmp_path, max_steps=7, logging_steps=3)
+    forward = trainer.distiller.forward
+
+    def noting(batch: Any, teacher: Any, step: Any) -> Any:
+        taken.append(step.measure)
+        return forward(batch, teacher, step)
+
+    monkeypatch.setattr(trainer.distiller, "forward", noting)
+    trainer.train()
+    assert taken == [False, False, True, False, False, True, False]
+    assert [log.keys() >= MEASURED for log in logs(trainer)] == [True, True]
+
+
+@pytest.mark.parametrize("wanted", [[CrossEntropy()], [HiddenStates()]])
+def test_nothing_is_measured_where_no_term_reads_the_teachers_logits(
+    tmp_path: Path, wanted: Any
+) -> None:
+    trainer = build(tmp_path, wanted)
+    trainer.train()
+    assert not any(MEASURED & log.keys() for log in logs(trainer))
+
+
+@pytest.mark.parametrize("loss", [jsd, tvd, partial(adaptive_kl, mu=0.3), decoupled])
+def test_a_moving_target_works_with_any_loss(tmp_path: Path, loss: Any) -> None:
+    """Every step's share follows from the losses that were logged, as plain floats say."""
+    target = Taid(start=0.2, pace=0.3, momentum=0.5)
+    moving = Logits(loss=loss, target=target, weight=0.5)
+    trainer = build(tmp_path, [moving], max_steps=4, learning_rate=0.0)
+    trainer.train()
+    values = [log["loss/Logits"] for log in logs(trainer)]
+    expected = reference.taid(values, 0.2, 1.0, 0.3, 0.5)
+    shares = [log["target/Logits"] for log in logs(trainer)]
+    assert shares == pytest.approx(expected, rel=1e-5)
+    assert shares[1] > 0.2 + 0.8 * 2 / 4  # ahead of the line
+    assert values[0] < 0.5 * values[-1]  # of other rows, but to a target much nearer
+
+
+def test_an_evaluation_of_a_moving_target_is_against_the_teacher(tmp_path: Path) -> None:
+    moving = build(tmp_path, [Logits(loss=jsd, target=Taid(start=0.0))], eval_dataset=tiny.rows(8))
+    plain = build(tmp_path, [Logits(loss=jsd)], eval_dataset=tiny.rows(8))
+    assert moving.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+
+
+def test_moving_and_still_terms_share_the_pass(tmp_path: Path) -> None:
+    """Each with its own target, and sums as if it were alone."""
+    target = Taid(start=0.3)
+    wanted = [CrossEntropy(), Logits(), Logits(target=target, name="a"), Logits(target=target)]
+    together = build(tmp_path, wanted, learning_rate=0.0)
+    together.train()
+    (first, *_) = logs(together)
+    assert first["loss/a"] == first["loss/Logits.3"]
+    for name, alone in (("Logits", Logits()), ("a", Logits(target=target))):
+        single = build(tmp_path, [alone], learning_rate=0.0)
+        single.train()
+        value = logs(single)[0]["loss/Logits"]
+        assert first[f"loss/{name}"] == pytest.approx(value, rel=1e-5)
+
+
+def test_labels_reach_a_loss_that_asks_for_them(tmp_path: Path) -> None:
+    """Named in a recipe, at a temperature, against the paper in plain floats."""
+    named = {"Logits": {"loss": {"decoupled": {"beta": 4.0}}, "temperature": 2.0}}
+    content = {"student": "a", "teacher": "b", "data": {"path": "c"}, "objectives": [named]}
+    trainer = build(tmp_path, list(Recipe.of(content).objectives), learning_rate=0.0)
+    trainer.train()
+    rows = list(tiny.rows())[:8]
+    z_s, labels = naive_rows(tiny.llama("student"), rows)
+    z_t, _ = naive_rows(tiny.llama("teacher"), rows)
+    half = (z_s.numpy() / 2, z_t.numpy() / 2)
+    expected = 4 * reference.decoupled(*half, labels.tolist(), 1.0, 4.0).mean()
+    assert logs(trainer)[0]["loss/Logits"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_rows_per_chunk(tmp_path: Path) -> None:
+    """Settable; the weights do not hang on it."""
+    whole, chunked = build(tmp_path), build(tmp_path, rows_per_chunk=3)
+    whole.train()
+    chunked.train()
+    assert chunked.distiller.rows_per_chunk == 3
+    assert whole.distiller.rows_per_chunk == 256
+    a, b = weights(whole), weights(chunked)
+    assert max(float((a[k] - b[k]).abs().max()) for k in a) <= 3e-7
+
+
+@pytest.mark.parametrize("rows", [0, -5])
+def test_impossible_rows_per_chunk(tmp_path: Path, rows: int) -> None:
+    with pytest.raises(InputError, match=f"rows_per_chunk: {rows}; write a number of rows from 1"):
+        build(tmp_path, rows_per_chunk=rows)
+
+
 def test_two_of_one_class_have_two_names(tmp_path: Path) -> None:
     trainer = build(tmp_path, [HiddenStates(), HiddenStates(normalize="none"), Logits(name="soft")])
     trainer.train()
@@ -318,6 +446,18 @@ def test_compiled_equals_eager(tmp_path: Path) -> None:
     compiled = build(tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
     compiled.train()
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_compiled_equals_eager_for_a_moving_target(tmp_path: Path) -> None:
+    wanted = [CrossEntropy(weight=0.1), Logits(loss=jsd, target=Taid(start=0.2, pace=0.3))]
+    eager = build(tmp_path, wanted)
+    eager.train()
+    compiled = build(tmp_path, wanted, torch_compile=True, torch_compile_backend="aot_eager")
+    compiled.train()
+    for a, b in zip(logs(eager), logs(compiled), strict=True):
+        for key in ("loss", "kl", "target/Logits"):
+            assert a[key] == pytest.approx(b[key], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ FIGURES = {
     "eval_teacher_perplexity": "perplexity of the teacher",
     "eval_kl": "KL(teacher || student), nats per token",
     "eval_agreement": "top-1 agreement with the teacher",
+    "eval_entropy": "entropy of the student, nats per token",
     "eval_loss": "loss",
 }
 """Metrics that have words of their own, in the order of the table."""

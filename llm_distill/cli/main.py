@@ -12,7 +12,7 @@ from llm_distill.recipe import Recipe
 from llm_distill.recipe.sections import SECTIONS
 from llm_distill.recipe.values import did_you_mean
 
-DONE, BAD_INPUT = 0, 2
+DONE, FAILED, BAD_INPUT = 0, 1, 2
 
 EPILOG = """\
 any value of the recipe can be set, in YAML:
@@ -33,17 +33,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Without the program's name; by default that of this process.
 
     Returns:
-        The exit code: 0 or 2. What fails raises, which makes Python exit 1 with a traceback.
+        The exit code: 0, 2, or 1 for a loss that is no number. What else fails raises, which makes
+        Python exit 1 with a traceback.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     try:
         rest, overrides = split_overrides(given)
         asked = _parser().parse_args(rest)
         _do(asked, overrides)
-    except InputError as error:
+    except (InputError, FloatingPointError) as error:
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"llm-distill: {error}\n")
-        return BAD_INPUT
+        return BAD_INPUT if isinstance(error, InputError) else FAILED
     except SystemExit as stop:  # argparse: 0 after --help, 2 after a mistake
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
     return DONE

@@ -15,7 +15,7 @@ from llm_distill.objectives import Term
 from llm_distill.preparation import check_arguments
 from llm_distill.recipe import Recipe
 from llm_distill.signals import ModelSpec
-from llm_distill.students import student_spec
+from llm_distill.students import refuse_adapted_head, student_spec
 from llm_distill.vocabulary import settle_tokenizers
 
 
@@ -55,13 +55,17 @@ def plan(recipe: Recipe, args: TrainingArguments) -> Plan:
     student = student_spec(recipe.student, recipe.teacher.config)
     teacher = recipe.teacher.spec
     terms = binding.bind(recipe.objectives, student, teacher, seed=args.seed)
+    causal = not is_masked(recipe.teacher.config)
+    if recipe.data.eval is not None or binding.reads_logits(terms):
+        adapter = recipe.adapter(causal=causal)
+        refuse_adapted_head(recipe.student, recipe.teacher.config, adapter)
     tokenizer = settle_tokenizers(recipe.student, recipe.teacher, student, None)
     if tokenizer is None:
         raise InputError(
             f"neither {student.name} nor {teacher.name} has a tokenizer beside it; write teacher: "
             f"{{Local: {{model: {teacher.name}, tokenizer: …}}}}"
         )
-    return Plan(student, teacher, terms, tokenizer, not is_masked(recipe.teacher.config))
+    return Plan(student, teacher, terms, tokenizer, causal)
 
 
 def _check_evaluation(recipe: Recipe, args: TrainingArguments) -> None:

@@ -32,6 +32,7 @@ def run(recipe: Recipe, *, resume: str | None = None, overwrite: bool = False) -
 
     Raises:
         InputError: For anything that cannot work, before weights load.
+        FloatingPointError: For rows whose loss is no number or infinite; no student is written.
     """
     folder = Path(recipe.training["output_dir"]).expanduser()
     checkpoint = start_from(folder, resume=resume, overwrite=overwrite)
@@ -55,7 +56,11 @@ def run(recipe: Recipe, *, resume: str | None = None, overwrite: bool = False) -
             clear(folder)
         sign(folder, recipe)
     trainer.accelerator.wait_for_everyone()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except FloatingPointError:
+        trainer.end()  # all ranks are here: none waits for another
+        raise
     return _finish(trainer, prepared, screen)
 
 
@@ -70,6 +75,7 @@ def _trainer(
             recipe.objectives,
             args,
             peft_config=recipe.adapter(causal=planned.causal),
+            rows_per_chunk=recipe.rows_per_chunk,
             train_dataset=prepared.train,
             eval_dataset=prepared.eval,
             processing_class=planned.tokenizer,

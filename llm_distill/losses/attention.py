@@ -7,7 +7,7 @@ window); both models' heads were brought to one count before (`llm_distill.heads
 import torch
 from torch import Tensor
 
-from llm_distill.losses.divergences import wide
+from llm_distill.losses.softmax import wide
 
 __all__ = ["map_kl", "map_mse"]
 

@@ -6,7 +6,7 @@ Projection, normalisation and the choice of rows are `llm_distill.HiddenStates`'
 import torch
 from torch import Tensor
 
-from llm_distill.losses.divergences import wide
+from llm_distill.losses.softmax import wide
 
 __all__ = ["cosine", "mse"]
 

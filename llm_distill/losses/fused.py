@@ -1,77 +1,168 @@
 """The head pass: all row-wise terms on logits in one chunked pass, gradients in the forward.
 
-Logits of either model exist for one chunk of rows at a time. Each chunk is differentiated as soon
-as its values are known, so the gradients of the hidden states and of the head are all that is kept;
-therefore the weight of each term must be known before the forward.
+Logits of either model exist for one chunk of rows at a time: two products with the heads' weights,
+values and gradient of all terms block by block in the place of the student's logits (`scoring`),
+two products with that gradient. Nothing is computed twice, and the gradients of the hidden states
+and of the head are all that is kept; therefore the weight of each term must be known before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-RowFunction = Callable[[Tensor, Tensor | None, Tensor], Tensor]
-"""(student logits [n, V], teacher logits [n, V'] or None, labels [n]) -> values [n]."""
+from llm_distill.losses.launching import launch, on_chip
+from llm_distill.losses.pairs import Scratch
+from llm_distill.losses.planning import plan
+from llm_distill.losses.projection import Finish, Projection
+from llm_distill.losses.scoring import Job, Side, Target, faulty, score
+from llm_distill.losses.sparse import Counts, TopK
 
-CHUNK_ELEMENTS = 1 << 24
-"""Logits of one chunk: 64 MiB in fp32."""
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
+    from llm_distill.losses.rowwise import RowTerm
 
-@dataclass(frozen=True)
-class Work:
-    """What a head pass does besides its differentiable inputs.
+Teacher = Projection | Tensor | TopK | Counts
+"""Whole logits as a projection or `[N, V']`, or a sparse target."""
 
-    Attributes:
-        functions: The row-wise terms.
-        labels: `[N]`.
-        teacher: Rows -> teacher logits `[n, V']`; None where no term needs them.
-        finish: From the product with the head's weight to logits.
-        chunk: Rows at a time.
-    """
+HALF = 2
+"""Bytes of an fp16 or bf16 number."""
 
-    functions: Sequence[RowFunction]
-    labels: Tensor
-    teacher: Callable[[slice], Tensor] | None
-    finish: Callable[[Tensor], Tensor]
-    chunk: int
+HEADROOM = 64.0
+"""fp16 slopes are made this much larger: of a flat softmax on 128k tokens they are below 1e-5,
+which fp16 knows to 1 % only. Its largest number, 65504, leaves room for steep ones."""
+
+BLOCK = {"cpu": 3 << 16, "cuda": 1 << 24}
+"""Logits of an elementwise block: in the cache of a core, or enough to fill a GPU."""
 
 
 def head_pass(
-    features: Tensor, weight: Tensor, bias: Tensor | None, shares: Tensor, work: Work
+    student: Projection,
+    teacher: Teacher | None,
+    labels: Tensor,
+    terms: Sequence[RowTerm],
+    shares: Tensor,
+    *,
+    measures: Sequence[RowTerm] = (),
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum of row-wise terms, differentiable, and the plain sum of each, detached.
+    """Weighted sum of row-wise terms, differentiable, and the value of each row, detached.
 
     Args:
-        features: `[N, D]`, the student's hidden states of the supervised rows, as its head takes
-            them.
-        weight: `[V, D]`, the student's head.
-        bias: `[V]` or None.
-        shares: `[K]`, factor of each term's sum.
-        work: Terms, labels, teacher.
+        student: Its hidden states of the supervised rows, and its head.
+        teacher: What it says of the same rows; None where no term listens.
+        labels: `[N]`.
+        terms: Functions of a block of rows.
+        shares: `[K]`, factor on each term's sum.
+        measures: M further ones whose values are wanted alone.
+        chunk: Rows per matrix product; `rows_per_chunk` by default, which does not look at the
+            memory that is free.
 
     Returns:
-        `sum_k shares_k sum_n value_kn` as a scalar with gradients to features, weight and bias, and
-        `[K]` sums. Both are fp32 (float64 for float64 features), whatever the autocast state; zero
-        rows give zeros with a graph.
+        `sum_k shares_k sum_n value_kn` as a scalar with gradients to the student's features, weight
+        and bias, and `[K + M, N]` values. Both are fp32 (float64 for float64 features), whatever
+        the autocast state; zero rows give zeros with a graph. Rows with a value that is no number
+        or infinite (`scoring.faulty`) count nothing in sum and gradient.
+
+    Raises:
+        ValueError: If a term needs more than the teacher says.
     """
-    dtype = features.dtype
+    leaves: tuple[Tensor | None, ...] = student.features, student.weight, student.bias
     if not torch.is_grad_enabled():  # needs_input_grad would still be true, and the work be done
-        features, weight = features.detach(), weight.detach()
-        bias = None if bias is None else bias.detach()
-    if torch.is_autocast_enabled(features.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(features.device.type)
-    with torch.autocast(features.device.type, enabled=False):
-        return _untraced(features, weight, bias, shares, work, dtype)
+        leaves = tuple(None if leaf is None else leaf.detach() for leaf in leaves)
+    device = student.features.device
+    dtype = student.features.dtype
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+    if chunk is None:
+        frozen = not (student.weight.requires_grad and torch.is_grad_enabled())
+        chunk = rows_per_chunk(dtype, device.type, frozen=frozen)
+    with torch.autocast(device.type, enabled=False):
+        work = _Work(student.finish, teacher, labels, (*terms, *measures), chunk, dtype)
+        return _untraced(*leaves, shares, work)
 
 
-def rows_per_chunk(vocabulary: int) -> int:
-    """Rows whose logits take `CHUNK_ELEMENTS`, at least 16."""
-    return max(16, CHUNK_ELEMENTS // vocabulary)
+def rows_per_chunk(
+    dtype: torch.dtype,
+    device: str,
+    *,
+    frozen: bool = False,
+    vocabulary: int = 0,
+    free: int | None = None,
+) -> int:
+    """Rows of one matrix product: as few as keep the products fast, fewer if memory is short.
+
+    On a CPU smaller products stream the heads' weights too often; on a GPU the fp32 gradient of the
+    head is read and written once per chunk, unless the head is frozen.
+
+    Args:
+        dtype: Of the matrix products.
+        device: Its type.
+        frozen: Whether the head gets no gradient.
+        vocabulary: Columns of the logits.
+        free: Bytes; the two chunks of logits take an eighth of them at most.
+    """
+    rows = {"cpu": 512 if dtype.itemsize == HALF else 256}.get(device, 512 if frozen else 2048)
+    if free is not None and vocabulary:
+        rows = min(rows, free // (8 * 2 * vocabulary * dtype.itemsize))
+    return max(16, rows)
+
+
+class _Work:
+    """What a pass does besides its differentiable inputs."""
+
+    def __init__(
+        self,
+        finish: Finish,
+        teacher: Teacher | None,
+        labels: Tensor,
+        terms: tuple[RowTerm, ...],
+        chunk: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.finish, self.labels, self.terms, self.chunk = finish, labels, terms, chunk
+        self.dtype = dtype
+        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.teacher = teacher.to(dtype) if isinstance(teacher, Projection) else teacher
+
+    def job(self, student: Projection, shares: Tensor, *, wanted: bool) -> Job:
+        """How a chunk is scored."""
+        device = student.features.device
+        block = BLOCK.get(device.type, BLOCK["cuda"])
+        widest = max(student.vocabulary, self.teacher_vocabulary)
+        rows = min(self.chunk, max(2, block // max(1, widest)))
+        teacher = Side()
+        if isinstance(self.teacher, Projection):
+            teacher = Side(self.teacher.finish, owned=True, finite=self.teacher.finite)
+        return Job(
+            plan=plan(self.terms, student.vocabulary, self.teacher),
+            # Numbers are quicker than tensors, but to ask a GPU for them is to wait for it.
+            shares=shares.tolist() if device.type == "cpu" else list(shares.unbind()),
+            student=Side(self.finish, owned=True, finite=student.finite),
+            teacher=teacher,
+            wanted=wanted,
+            scratch=Scratch(rows * widest, self.wide, device),
+            rows=rows,
+        )
+
+    @property
+    def teacher_vocabulary(self) -> int:
+        """Columns of the teacher's logits; 0 where they are not whole."""
+        if isinstance(self.teacher, Projection):
+            return self.teacher.vocabulary
+        return self.teacher.shape[1] if isinstance(self.teacher, Tensor) else 0
+
+    def target(self, rows: slice, out: Tensor | None) -> Target:
+        """What the teacher says of a chunk."""
+        if isinstance(self.teacher, Projection) and out is not None:
+            return self.teacher.product(rows, out)
+        if isinstance(self.teacher, TopK | Counts):
+            return self.teacher.rows(rows)
+        return self.teacher[rows] if isinstance(self.teacher, Tensor) else None
 
 
 class _HeadPass(torch.autograd.Function):
@@ -84,31 +175,43 @@ class _HeadPass(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         shares: Tensor,
-        work: Work,
-        dtype: torch.dtype,
+        work: _Work,
     ) -> tuple[Tensor, Tensor]:
         """Run all chunks."""
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        scale = shares.to(wide).abs().max().clamp_min(1e-30)
-        # O(1): fp16 gradients of logits would underflow at 1 / N.
-        relative = shares.to(wide) / scale
+        shares = shares.to(work.wide)
+        # O(1) in halves: 1 / N would underflow in fp16, and a share of 1.003 be rounded to 1.
+        half = work.dtype.itemsize == HALF
+        ctx.scale = shares.abs().sum().clamp_min(1e-30) if half else None
+        if work.dtype == torch.float16:
+            ctx.scale = ctx.scale / HEADROOM
+        own = Projection(features, weight, bias).to(work.dtype)
         needs = ctx.needs_input_grad[:3]
-        grads = _Gradients(features, weight, bias, needs, wide)
-        narrow = weight.detach().to(dtype)
-        offset = None if bias is None else bias.detach().to(dtype)
-        sums = torch.zeros(len(work.functions), dtype=wide, device=features.device)
-        for start in range(0, len(features), work.chunk):
-            part = slice(start, start + work.chunk)
-            h = features[part].detach().to(dtype)
-            projected = h @ narrow.T if offset is None else torch.addmm(offset, h, narrow.T)
-            values, slope = _differentiate(projected, part, relative, work, wanted=any(needs))
-            sums += values
-            if slope is not None:
-                grads.add(part, slope.to(dtype), h, narrow)
+        grads = _Gradients((features, weight, bias), needs, work.wide)
+        relative = shares if ctx.scale is None else shares / ctx.scale
+        job = work.job(own, relative, wanted=any(needs))
+        counted = len(shares)
+        chip = None
+        if on_chip(features.device, work.dtype):
+            chip = launch(job, relative, min(own.vocabulary, work.teacher_vocabulary))
+        values = torch.zeros(len(work.terms), len(own), dtype=work.wide, device=features.device)
+        most = min(work.chunk, len(own))
+        z = own.features.new_empty(most, own.vocabulary)
+        t = own.features.new_empty(most, work.teacher_vocabulary) if job.teacher.owned else None
+        for start in range(0, len(own), work.chunk):
+            rows = slice(start, min(start + work.chunk, len(own)))
+            size = rows.stop - start
+            target = work.target(rows, None if t is None else t[:size])
+            slope = own.product(rows, z[:size])
+            if chip is None:
+                score(slope, target, work.labels[rows], values[:, rows], job)
+            else:
+                chip.score(slope, target, work.labels[rows], values[:, rows])
+            if job.wanted:
+                grads.add(rows, slope, own)
         ctx.grads = grads.finished()
-        ctx.scale = scale
-        ctx.mark_non_differentiable(sums)
-        return (shares.to(wide) * sums).sum(), sums
+        ctx.mark_non_differentiable(values)
+        sums = values[:counted].masked_fill(faulty(values[:counted]), 0.0).sum(1)
+        return (shares * sums).sum(), values
 
     @staticmethod
     @once_differentiable
@@ -119,61 +222,80 @@ class _HeadPass(torch.autograd.Function):
                 "the head pass has one backward: its gradients were made in the forward and are "
                 "used up; run the forward again instead of retain_graph=True"
             )
-        factor = grad * ctx.scale
-        # In fp32: a factor of 1 / N in the gradients' fp16 or bf16 would be rounded or 0.
-        grads = [None if g is None else g.to(factor.dtype).mul_(factor).to(d) for g, d in ctx.grads]
+        factor = grad if ctx.scale is None else grad * ctx.scale
+        # Asking a GPU for the factor would wait for it.
+        if factor.device.type == "cpu" and factor.item() == 1.0:
+            grads = [None if g is None else g.to(dtype) for g, dtype in ctx.grads]
+        else:
+            # In fp32: a factor of 1 / N in the gradients' fp16 would be rounded or 0.
+            grads = [None if g is None else _scaled(g, factor, dtype) for g, dtype in ctx.grads]
         ctx.grads = None
-        return (*grads, None, None, None)
+        return (*grads, None, None)
 
 
-# It differentiates inside its forward, which dynamo cannot trace: the graph breaks here.
+# It writes into buffers inside its forward, which dynamo cannot trace: the graph breaks here.
 _untraced: Callable[..., tuple[Tensor, Tensor]] = torch.compiler.disable(_HeadPass.apply)
 
 
-def _differentiate(
-    projected: Tensor, part: slice, relative: Tensor, work: Work, *, wanted: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Sums of one chunk's values `[K]`, and the gradient of their weighted sum `[n, V]`."""
-    teacher = None if work.teacher is None else work.teacher(part)
-    with torch.set_grad_enabled(wanted):
-        leaf = projected.requires_grad_(wanted)
-        logits = work.finish(leaf)
-        values = torch.stack([f(logits, teacher, work.labels[part]).sum() for f in work.functions])
-        values = values.to(relative.dtype)
-        total = (relative * values).sum()
-        # A function of the labels or the teacher alone has no slope.
-        slope = torch.autograd.grad(total, leaf)[0] if total.requires_grad else None
-    return values.detach(), slope
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient times a factor, multiplied in the wider dtype of the two."""
+    if gradient.dtype == factor.dtype == dtype:
+        return gradient.mul_(factor)
+    return gradient.to(factor.dtype).mul_(factor).to(dtype)
 
 
 class _Gradients:
     """Accumulators of the gradients somebody wants, in fp32 for the head."""
 
     def __init__(
-        self,
-        features: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        needs: Sequence[bool],
-        wide: torch.dtype,
+        self, leaves: Sequence[Tensor | None], needs: Sequence[bool], wide: torch.dtype
     ) -> None:
-        self.dtypes = features.dtype, weight.dtype, None if bias is None else bias.dtype
-        self.features = torch.zeros_like(features) if needs[0] else None
-        self.weight = torch.zeros_like(weight, dtype=wide) if needs[1] else None
-        self.bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs[2] else None
+        wanted = [leaf if need else None for leaf, need in zip(leaves, needs, strict=True)]
+        features, weight, bias = wanted
+        self._dtypes = [None if leaf is None else leaf.dtype for leaf in leaves]
+        self.features = None if features is None else torch.empty_like(features)
+        self.weight = None if weight is None else torch.empty_like(weight, dtype=wide)
+        self.bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        if self.weight is not None and leaves[0] is not None and not len(leaves[0]):
+            self.weight.zero_()
 
-    def add(self, part: slice, slope: Tensor, h: Tensor, weight: Tensor) -> None:
-        """One chunk: slope `[n, V]`, h `[n, D]`, weight `[V, D]`."""
+    def add(self, rows: slice, slope: Tensor, own: Projection) -> None:
+        """One chunk: the gradient of its product `[n, V]`."""
         if self.features is not None:
-            self.features[part] = (slope @ weight).to(self.features.dtype)
-        if self.weight is not None:
-            if slope.dtype == self.weight.dtype:
-                self.weight.addmm_(slope.T, h)
+            if self.features.dtype == slope.dtype:
+                torch.mm(slope, own.weight, out=self.features[rows])
             else:
-                self.weight += slope.T @ h
+                self.features[rows] = slope @ own.weight
+        if self.weight is not None:
+            # A row at fault has a slope of 0, but 0 times NaN is NaN for the whole head.
+            features = own.features[rows].nan_to_num(0.0, 0.0, 0.0)
+            accumulate(self.weight, slope.T, features, fresh=rows.start == 0)
         if self.bias is not None:
-            self.bias += slope.to(self.bias.dtype).sum(0)
+            self.bias += slope.sum(0, dtype=self.bias.dtype)
 
     def finished(self) -> list[tuple[Tensor | None, torch.dtype | None]]:
         """Each gradient with the dtype autograd expects."""
-        return list(zip((self.features, self.weight, self.bias), self.dtypes, strict=True))
+        return list(zip((self.features, self.weight, self.bias), self._dtypes, strict=True))
+
+
+def accumulate(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False) -> None:
+    """`total += a @ b`, in the dtype of the total as far as the device can: `[V, n], [n, D]`.
+
+    Args:
+        total: fp32, or the dtype of the factors.
+        a: Factor.
+        b: Factor.
+        fresh: Whether the total holds nothing yet and is set.
+    """
+    if a.dtype == total.dtype:
+        torch.mm(a, b, out=total) if fresh else total.addmm_(a, b)
+    elif a.is_cuda:  # halves in, fp32 out, in one product
+        dtype = total.dtype
+        if fresh:
+            torch.mm(a, b, out_dtype=dtype, out=total)
+        else:
+            torch.addmm(total, a, b, out_dtype=dtype, out=total)
+    elif fresh:
+        total.copy_(a @ b)
+    else:
+        total += a @ b

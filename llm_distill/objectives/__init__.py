@@ -12,6 +12,7 @@ from llm_distill.objectives.base import (
 )
 from llm_distill.objectives.features import AttentionMaps, HiddenStates
 from llm_distill.objectives.logits import CrossEntropy, Logits, row_wise
+from llm_distill.objectives.moving import Taid
 
 __all__ = [
     "MEASURES",
@@ -23,6 +24,7 @@ __all__ = [
     "Logits",
     "Objective",
     "QueryPlan",
+    "Taid",
     "Term",
     "check_objectives",
     "named",

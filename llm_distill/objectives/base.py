@@ -16,8 +16,10 @@ from llm_distill.signals import ModelSpec, Request, Signals
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from llm_distill.losses.rowwise import RowTerm
 
-MEASURES = ("student_nll", "teacher_nll", "kl", "agreement")
+
+MEASURES = ("student_nll", "teacher_nll", "kl", "agreement", "entropy")
 """What an evaluation measures beside the terms, in this order; no term may have such a name."""
 
 
@@ -52,7 +54,10 @@ class Term(nn.Module):
         rows: The rows it counts.
         queries: The query rows it samples, for terms on attention maps.
         notes: What was decided when it was bound, for the table before training.
+        adapts: Whether it wants to hear of its own value after each step.
     """
+
+    adapts = False
 
     def __init__(
         self,
@@ -87,24 +92,37 @@ class Term(nn.Module):
             "pass over the head, other terms write one"
         )
 
+    def after_step(self, value: Tensor, progress: float) -> None:
+        """Hear of a finished optimizer step, for terms that adapt.
+
+        Args:
+            value: Mean of the term over the step's items on all ranks, `[]`; NaN without items.
+            progress: Share of the training that is done.
+        """
+        del value, progress
+
 
 class HeadTerm(Term):
     """A term that is row-wise on logits: the distiller runs all of them in one pass over the head.
 
     Args:
-        values: (student logits `[n, V]`, teacher logits `[n, V']`, labels `[n]`) -> `[n]`.
+        row: (student logits `[n, V]`, teacher logits `[n, V']`, labels `[n]`) -> `[n]`: any
+            function, or one that the pass has a closed form of (`losses.rowwise`).
         needs_teacher: Whether the teacher's logits are read at all.
     """
 
-    def __init__(
-        self, values: Callable[[Tensor, Tensor, Tensor], Tensor], *, needs_teacher: bool = True
-    ) -> None:
+    def __init__(self, row: RowTerm, *, needs_teacher: bool = True) -> None:
         super().__init__(Request(logits=True), Request(logits=needs_teacher))
-        self._values = values
+        self._row = row
+
+    @property
+    def row(self) -> RowTerm:
+        """The row function of this step."""
+        return self._row
 
     def values(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         """One value per row of a block."""
-        return self._values(student, teacher, labels)
+        return self.row(student, teacher, labels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,17 +226,39 @@ def check_evidence(rows: int, owner: str) -> None:
         )
 
 
-def check_row_function(function: Callable[..., Any], shape: tuple[int, ...], owner: str) -> None:
+def describe_function(function: Callable[..., object]) -> str:
+    """A function with its settings, as a recipe would write it.
+
+    >>> from functools import partial
+    >>> describe_function(partial(torch.add, alpha=2))
+    'add(alpha=2)'
+    """
+    inner = getattr(function, "func", function)
+    keywords = getattr(function, "keywords", {})
+    arguments = ", ".join(f"{key}={value}" for key, value in keywords.items())
+    name = getattr(inner, "__name__", type(inner).__name__)
+    return f"{name}({arguments})" if arguments else str(name)
+
+
+def check_row_function(
+    function: Callable[..., Any], shape: tuple[int, ...], owner: str, **given: Tensor
+) -> None:
     """Refuse a loss that does not return one value per row, tried on two small tensors.
+
+    Args:
+        function: The loss.
+        shape: Of both tensors.
+        owner: Who asks, for messages.
+        given: What it is called with besides.
 
     Raises:
         ValueError: Naming the loss and what it returned.
     """
     sample = torch.linspace(0.1, 1.0, int(torch.tensor(shape).prod())).view(shape)
     sample = sample / sample.sum(-1, keepdim=True)
-    name = getattr(function, "__name__", None) or repr(function)
+    name = describe_function(function)
     try:
-        values = function(sample, sample.clone())
+        values = function(sample, sample.clone(), **given)
     except Exception as error:
         raise ValueError(
             f"{owner}: loss {name} fails on two tensors of shape {list(shape)}: {error}"

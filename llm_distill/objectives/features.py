@@ -26,8 +26,8 @@ from llm_distill.objectives.base import (
     check_choice,
     check_evidence,
     check_row_function,
+    describe_function,
 )
-from llm_distill.objectives.logits import describe_function
 from llm_distill.rows import Batch, Queries, RowKind, Step
 from llm_distill.signals import Heads, ModelSpec, Request, Signals
 

@@ -7,17 +7,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
-from llm_distill.losses.divergences import FLOOR, forward_kl
+from llm_distill.losses.divergences import forward_kl
+from llm_distill.losses.rowwise import Nll, Tempered, takes_labels
 from llm_distill.objectives.base import (
     Evidence,
     HeadTerm,
     Objective,
     check_choice,
     check_row_function,
+    describe_function,
 )
+from llm_distill.objectives.moving import MovingTerm, Taid
 
 if TYPE_CHECKING:
     from llm_distill.signals import ModelSpec
@@ -34,7 +37,7 @@ class CrossEntropy(Objective):
     ) -> HeadTerm:
         """Bind; nothing depends on the models."""
         del student, teacher, evidence
-        return HeadTerm(lambda s, t, labels: cross_entropy(s, labels), needs_teacher=False)
+        return HeadTerm(Nll(), needs_teacher=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +48,13 @@ class Logits(Objective):
     renormalised.
 
     Attributes:
-        loss: (student logits `[N, V]`, teacher logits `[N, V]`) -> `[N]`.
+        loss: (student logits `[N, V]`, teacher logits `[N, V]`) -> `[N]`; one that has an argument
+            named `labels` is given them, `[N]`.
         temperature: Both models' logits are divided by it.
         scaling: What the value is multiplied with: none, the temperature (T), or its square (T2),
             which keeps the size of the gradient as the temperature grows.
+        target: What the student should reach: the teacher, or `Taid`, which starts near the student
+            and moves to the teacher.
 
     Raises:
         ValueError: For a temperature that is not a finite number > 0, an unknown scaling, or a loss
@@ -60,6 +66,7 @@ class Logits(Objective):
     loss: Callable[[Tensor, Tensor], Tensor] = forward_kl
     temperature: float = 1.0
     scaling: Scaling = "T2"
+    target: Taid | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
@@ -69,31 +76,30 @@ class Logits(Objective):
                 f"Logits: temperature is {self.temperature}; it must be a finite number > 0"
             )
         check_choice("Logits: scaling", self.scaling, ("none", "T", "T2"))
-        check_row_function(self.loss, (2, 3), "Logits")
+        labels = {"labels": torch.tensor([0, 1])} if takes_labels(self.loss) else {}
+        check_row_function(self.loss, (2, 3), "Logits", **labels)
 
     def build(
         self, student: ModelSpec, teacher: ModelSpec, evidence: Evidence | None = None
     ) -> HeadTerm:
         """Bind to the vocabulary the two models share."""
         del evidence
-        common = min(student.vocabulary, teacher.vocabulary)
-        factor = self.temperature ** {"none": 0, "T": 1, "T2": 2}[self.scaling]
-
-        def values(s: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-            del labels
-            tempered = s[:, :common] / self.temperature, t[:, :common] / self.temperature
-            return factor * self.loss(*tempered)
-
-        return HeadTerm(values)
+        row = Tempered(
+            loss=self.loss,
+            width=min(student.vocabulary, teacher.vocabulary),
+            temperature=self.temperature,
+            factor=self.temperature ** {"none": 0, "T": 1, "T2": 2}[self.scaling],
+        )
+        return HeadTerm(row) if self.target is None else MovingTerm(row, self.target)
 
     def describe(self) -> str:
         """Loss and temperature."""
-        heat = (
-            ""
-            if self.temperature == 1
-            else f", temperature {self.temperature:g}, scaling {self.scaling}"
-        )
-        return f"{describe_function(self.loss)}{heat}"
+        told = [describe_function(self.loss)]
+        if self.temperature != 1:
+            told += [f"temperature {self.temperature:g}", f"scaling {self.scaling}"]
+        if self.target is not None:
+            told.append(self.target.describe())
+        return ", ".join(told)
 
 
 def row_wise(function: Callable[[Tensor, Tensor], Tensor]) -> HeadTerm:
@@ -102,23 +108,4 @@ def row_wise(function: Callable[[Tensor, Tensor], Tensor]) -> HeadTerm:
     Args:
         function: (student logits `[n, V]`, teacher logits `[n, V]`) -> `[n]`.
     """
-    return HeadTerm(lambda s, t, labels: function(s, t))
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Negative log-probability of the labels: `[N, V], [N] -> [N]`, nats."""
-    return F.cross_entropy(logits.clamp_min(FLOOR), labels, reduction="none")
-
-
-def describe_function(function: Callable[..., object]) -> str:
-    """A function with its settings, as a recipe would write it.
-
-    >>> from functools import partial
-    >>> describe_function(partial(forward_kl))
-    'forward_kl'
-    """
-    inner = getattr(function, "func", function)
-    keywords = getattr(function, "keywords", {})
-    arguments = ", ".join(f"{key}={value}" for key, value in keywords.items())
-    name = getattr(inner, "__name__", type(inner).__name__)
-    return f"{name}({arguments})" if arguments else str(name)
+    return HeadTerm(Tempered(function))

@@ -20,6 +20,7 @@ Sections:
   ``out/<name of the recipe>``, ``report_to`` none and ``logging_steps`` 10.
 * ``peft``: `peft.LoraConfig`, to train an adapter instead of the whole student. By default there
   is none.
+* ``rows_per_chunk``: rows whose logits exist at a time; by default as memory allows.
 
 The YAML is that of version 1.2 where 1.1 surprises: ``1e-5`` is a number, ``no`` and dates are
 text. A key that stands twice is an error.

@@ -12,7 +12,7 @@ from llm_distill.data.spec import Data
 from llm_distill.errors import InputError
 from llm_distill.recipe import document as documents
 from llm_distill.recipe.components import Components, is_spec, split
-from llm_distill.recipe.values import Place, did_you_mean
+from llm_distill.recipe.values import Place, convert, did_you_mean
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llm_distill.students import FromConfig  # noqa: TC004
     from llm_distill.teachers import Local, Teacher  # noqa: TC004
 
-SECTIONS = ("student", "teacher", "data", "objectives", "training", "peft")
+SECTIONS = ("student", "teacher", "data", "objectives", "training", "peft", "rows_per_chunk")
 NEEDED = ("student", "teacher", "data")
 DEFAULT_OBJECTIVES = ({"CrossEntropy": {"weight": 0.1}}, "Logits")
 DEFAULT_TRAINING = {"report_to": "none", "logging_steps": 10}
@@ -51,6 +51,7 @@ class Recipe:
         objectives: What to match.
         training: Fields of `transformers.TrainingArguments`.
         peft: Fields of `peft.LoraConfig`; None for a student that is trained whole.
+        rows_per_chunk: Rows whose logits exist at a time; None: as memory allows.
         document: The YAML it was made from, overrides applied and defaults filled in.
     """
 
@@ -60,6 +61,7 @@ class Recipe:
     objectives: tuple[Objective, ...]
     training: Mapping[str, Any]
     peft: Mapping[str, Any] | None = None
+    rows_per_chunk: int | None = None
     document: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -108,6 +110,7 @@ class Recipe:
             objectives=_objectives(filled["objectives"], make),
             training=_training(_section(filled, "training"), make),
             peft=_peft(_section(filled, "peft"), make) if "peft" in filled else None,
+            rows_per_chunk=_rows(filled.get("rows_per_chunk"), make),
             document=filled,
         )
 
@@ -264,6 +267,13 @@ def _objectives(value: Any, make: Components) -> tuple[Objective, ...]:  # noqa:
     except ValueError as error:
         raise InputError(str(error)) from error
     return made
+
+
+def _rows(value: Any, make: Components) -> int | None:  # noqa: ANN401  any YAML
+    """Rows per chunk."""
+    from llm_distill.binding import checked_rows
+
+    return checked_rows(convert(value, int | None, Place("rows_per_chunk"), make))
 
 
 def _training(section: Mapping[str, Any], make: Components) -> Mapping[str, Any]:

@@ -15,7 +15,16 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from llm_distill import loading
 from llm_distill.capture import Reader, plain
 from llm_distill.errors import InputError
-from llm_distill.signals import Distribution, Factored, Head, Heads, ModelSpec, Request, Signals
+from llm_distill.signals import (
+    Dense,
+    Distribution,
+    Factored,
+    Head,
+    Heads,
+    ModelSpec,
+    Request,
+    Signals,
+)
 
 if TYPE_CHECKING:
     from llm_distill.rows import Batch
@@ -178,8 +187,12 @@ def moved(signals: Signals, device: torch.device) -> Signals:
         return None if tensor is None else tensor.to(device)
 
     def distribution(value: Distribution | None) -> Distribution | None:
+        if value is None:
+            return None
+        if isinstance(value, Dense):
+            return Dense(to(value.values))
         if not isinstance(value, Factored):
-            return value if value is None else replace(value, values=to(value.values))
+            return value.to(device)
         head: Head = replace(value.head, weight=to(value.head.weight), bias=to(value.head.bias))
         return Factored(to(value.hidden), head)
 

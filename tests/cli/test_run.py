@@ -99,6 +99,80 @@ def test_an_adapter(cli: Cli, tmp_path: Path) -> None:
     assert (config["r"], config["task_type"]) == (2, "CAUSAL_LM")
 
 
+def test_a_moving_target_chunk_by_chunk(cli: Cli, tmp_path: Path) -> None:
+    moving = "Logits: {loss: {jsd: {beta: 0.3}}, target: {Taid: {start: 0.2}}}"
+    ended = cli("run", "--objectives.1", moving, "--rows_per_chunk", "5")
+    assert ended.code == 0, ended.err
+    assert "jsd(beta=0.3), target Taid from 0.2 to 1" in ended.out
+    logs = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    shares = [log["target/Logits"] for log in logs if "loss" in log]
+    assert shares == [pytest.approx(0.6), pytest.approx(1.0)]
+    assert all({"kl", "agreement", "entropy"} <= log.keys() for log in logs if "loss" in log)
+    assert "eval_entropy" in json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert Recipe.load(tmp_path / "out" / "recipe.yaml").rows_per_chunk == 5
+    assert "arXiv:2501.16937" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_chunks_are_as_the_recipe_says(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int | None] = []
+    train = DistillTrainer.train
+
+    def noting(trainer: DistillTrainer, *args: Any, **kwargs: Any) -> Any:
+        seen.append(trainer.distiller.rows_per_chunk)
+        return train(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(DistillTrainer, "train", noting)
+    assert cli("run", rows_per_chunk=7).code == 0
+    assert cli("run", "--overwrite").code == 0
+    assert seen == [7, None]
+
+
+def lost(models: Path, folder: Path) -> Path:
+    """A teacher that says NaN of one token, with its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(models / "teacher")
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(models / "teacher").save_pretrained(folder)
+    return folder
+
+
+def test_a_loss_that_is_no_number_is_said_without_a_traceback(
+    cli: Cli, models: Path, tmp_path: Path
+) -> None:
+    """The checkpoint before the log stays whole; no student is written."""
+    steps = ("--training.max_steps", "4", "--training.logging_steps", "3")
+    saved = ("--training.save_strategy", "steps", "--training.save_steps", "2")
+    ended = cli("run", *steps, *saved, "--teacher", str(lost(models, tmp_path / "lost")))
+    assert ended.code == 1
+    assert ended.err.splitlines()[-1].startswith("llm-distill: ")
+    assert "rows had a loss that is no number" in ended.err
+    assert "The first: Logits at step 1 on rank 0, sequence 0 of its" in ended.err
+    assert "Traceback" not in ended.err
+    out = tmp_path / "out"
+    assert not (out / "model.safetensors").exists()
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert all(value.isfinite().all() for value in weights(out / "checkpoint-2").values())
+
+
+@pytest.mark.distributed
+def test_two_processes_fail_together_and_one_speaks(
+    content: dict[str, Any], models: Path, tmp_path: Path
+) -> None:
+    content["teacher"] = str(lost(models, tmp_path / "lost"))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(document.dump(content))
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command = [*run, "-m", "llm_distill", "run", str(recipe)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=120
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("llm-distill: ") == 1
+    assert "rows had a loss that is no number" in done.stderr
+    assert "FloatingPointError" not in done.stderr
+
+
 def test_a_stream_is_counted(cli: Cli) -> None:
     ended = cli("run", "--data.streaming", "true", "--data.eval", "null")
     assert ended.code == 0, ended.err

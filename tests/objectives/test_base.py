@@ -94,6 +94,22 @@ class TestTerm:
         with pytest.raises(NotImplementedError):
             Term(Request(), Request())(nothing, nothing, nothing, nothing)
 
+    def test_most_do_not_hear_of_their_steps(self) -> None:
+        term = Term(Request(), Request())
+        assert not term.adapts
+        term.after_step(torch.tensor(1.0), 0.5)
+        assert not term.state_dict()
+
+    def test_a_head_term_is_its_row_function(self) -> None:
+        def gap(student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
+            assert teacher is not None
+            return (student - teacher).abs().sum(-1)
+
+        term = HeadTerm(gap, needs_teacher=True)
+        assert term.row is gap
+        given = torch.zeros(2, 3), torch.ones(2, 3), torch.tensor([0, 1])
+        assert term.values(*given).tolist() == [3.0, 3.0]
+
 
 class TestCheckObjectives:
     def test_an_empty_list_trains_nothing(self) -> None:

@@ -8,8 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_distill import CrossEntropy, Logits, forward_kl, jsd, reverse_kl
-from llm_distill.objectives.logits import cross_entropy, describe_function, row_wise
+from llm_distill import (
+    CrossEntropy,
+    Logits,
+    Taid,
+    adaptive_kl,
+    alpha_beta,
+    decoupled,
+    forward_kl,
+    jsd,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+)
+from llm_distill.losses.rowwise import Nll
+from llm_distill.objectives.base import describe_function
+from llm_distill.objectives.logits import row_wise
 from llm_distill.signals import ModelSpec, Request
 
 
@@ -84,10 +98,39 @@ class TestLogits:
             (Logits(loss=partial(jsd, beta=0.1)), "jsd(beta=0.1)"),
             (Logits(temperature=2.0), "forward_kl, temperature 2, scaling T2"),
             (Logits(temperature=0.5, scaling="none"), "forward_kl, temperature 0.5, scaling none"),
+            (Logits(loss=jsd, target=Taid(start=0.2)), "jsd, target Taid from 0.2 to 1"),
         ],
     )
     def test_it_is_described(self, objective: Logits, words: str) -> None:
         assert objective.describe() == words
+
+    @pytest.mark.parametrize(
+        ("loss", "words"),
+        [
+            (partial(jsd, beta=1.5), r"jsd\(beta=1.5\) fails .*: .*beta"),
+            (
+                partial(skew_forward_kl, alpha=-0.1),
+                r"skew_forward_kl\(alpha=-0.1\) fails .*: .*alpha",
+            ),
+            (
+                partial(skew_reverse_kl, alpha=1.5),
+                r"skew_reverse_kl\(alpha=1.5\) fails .*: .*alpha",
+            ),
+            (partial(adaptive_kl, mu=2.0), r"adaptive_kl\(mu=2.0\) fails .*: .*mu"),
+            (partial(alpha_beta, alpha=math.nan), r"alpha_beta\(alpha=nan\) fails .*: .*alpha"),
+            (partial(decoupled, alpha=-1.0), r"decoupled\(alpha=-1.0\) fails .*: .*alpha"),
+        ],
+    )
+    def test_a_loss_refuses_its_own_settings(self, loss: Any, words: str) -> None:
+        """When the objective is made, with the loss's own message."""
+        with pytest.raises(ValueError, match=f"Logits: loss {words}"):
+            Logits(loss=loss)
+
+    def test_a_loss_that_asks_for_labels_gets_them(self) -> None:
+        s, t = draw(4, 9, 0), draw(4, 7, 1)
+        term = Logits(loss=partial(decoupled, beta=2.0)).build(spec(9), spec(7))
+        expected = decoupled(s[:, :7], t, labels=LABELS, beta=2.0)
+        assert torch.equal(term.values(s, t, LABELS), expected)
 
 
 class TestCrossEntropy:
@@ -102,7 +145,7 @@ class TestCrossEntropy:
 
     def test_forbidden_tokens_leave_it_finite(self) -> None:
         logits = torch.tensor([[-math.inf, 0.0, 0.0]], requires_grad=True)
-        value = cross_entropy(logits, torch.tensor([1]))
+        value = Nll()(logits, None, torch.tensor([1]))
         assert value.item() == pytest.approx(math.log(2.0))
         (slope,) = torch.autograd.grad(value.sum(), logits)
         assert slope.isfinite().all()

@@ -202,7 +202,7 @@ class TestForeignCode:
             objective({name: {}}, "strange")
 
     def test_a_class_is_no_loss(self, foreign: str) -> None:
-        with pytest.raises(InputError, match="is no function; write one of cosine, forward_kl"):
+        with pytest.raises(InputError, match="is no function; write one of adaptive_kl, alpha_be"):
             objective({"Logits": {"loss": f"{foreign}:Entropies"}}, "strange")
 
     def test_processes_cannot_be_started_even_if_allowed(self) -> None:

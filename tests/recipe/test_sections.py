@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llm_distill import CrossEntropy, FromConfig, Local, Logits
+from llm_distill import CrossEntropy, FromConfig, Local, Logits, Taid
 from llm_distill.errors import InputError
 from llm_distill.recipe import Recipe, document
 
@@ -27,6 +27,7 @@ class TestSections:
         assert made.objectives == (CrossEntropy(weight=0.1), Logits())
         assert made.training == {"output_dir": "out/mine", "report_to": "none", "logging_steps": 10}
         assert made.peft is None
+        assert made.rows_per_chunk is None
 
     def test_specs(self) -> None:
         made = recipe(
@@ -35,6 +36,22 @@ class TestSections:
         )
         assert made.student == FromConfig("llama", {"hidden_size": 32})
         assert made.teacher == Local("t", dtype="bfloat16", tokenizer="other")
+
+    def test_moving_targets(self) -> None:
+        """By name, and with settings beside any loss."""
+        settings = {"loss": {"jsd": {"beta": 0.1}}, "target": {"Taid": {"start": "2e-1"}}}
+        made = recipe(objectives=[{"Logits": {"target": "Taid"}}, {"Logits": settings}]).objectives
+        assert made[0] == Logits(target=Taid())
+        assert isinstance(made[1], Logits)
+        assert made[1].target == Taid(start=0.2)
+        assert made[1].describe() == "jsd(beta=0.1), target Taid from 0.2 to 1"
+
+    def test_rows_per_chunk(self, tmp_path: Path) -> None:
+        assert recipe(rows_per_chunk=64).rows_per_chunk == 64
+        (tmp_path / "run.yaml").write_text(document.dump(CONTENT))
+        made = Recipe.load(tmp_path / "run.yaml", [("rows_per_chunk", "512")])
+        assert made.rows_per_chunk == 512
+        assert "rows_per_chunk: 512" in made.resolved()
 
     def test_training_is_checked_by_the_hints_of_transformers(self) -> None:
         made = recipe(
@@ -91,6 +108,16 @@ class TestSections:
             ({"training": {"parallelism_config": {"a": 1}}}, "training.parallelism_config"),
             ({"training": [1]}, "training: .* is no mapping"),
             ({"peft": {"rr": 4, "lora_alph": 3}}, "peft: LoraConfig has no 'rr'"),
+            ({"rows_per_chunk": 0}, "rows_per_chunk: 0; write a number of rows from 1 on"),
+            ({"rows_per_chunk": "many"}, "rows_per_chunk: 'many' is not what this takes; write an integer or null"),
+            ({"rows_per_chunk": {"rows": 8}}, "rows_per_chunk: .* is not what this takes"),
+            ({"objectives": [{"Logits": {"target": "Taidd"}}]}, r"objectives\[0\]\.Logits\.target: no 'Taidd' .* did you mean 'Taid'"),
+            ({"objectives": [{"Logits": {"target": "Logits"}}]}, "'Logits' is no Taid; write one of Taid"),
+            ({"objectives": [{"Logits": {"target": {"Taid": {"start": 2}}}}]}, r"objectives\[0\]\.Logits\.target: Taid: start=2.0, end=1.0; write 0 <= start"),
+            ({"objectives": [{"Logits": {"target": {"Taid": {"momentum": 1}}}}]}, "Taid: momentum=1.0; write 0 <= momentum < 1"),
+            ({"objectives": [{"Logits": {"target": {"Taid": {"begin": 0}}}}]}, "Taid has no 'begin'"),
+            ({"objectives": [{"Logits": {"loss": {"jsd": {"beta": 3}}}}]}, r"objectives\[0\]: Logits: loss jsd\(beta=3.0\) fails .*beta"),
+            ({"objectives": [{"Logits": {"loss": {"decoupled": {"labels": 3}}}}]}, "labels"),
             ({"peft": {"r": "many"}}, r"peft\.r: 'many' is not"),
         ],
     )  # fmt: skip

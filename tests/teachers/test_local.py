@@ -143,7 +143,7 @@ class TestOpen:
         assert not any(p.requires_grad for p in teacher.parameters())
         signals = source(batch())
         assert not signals.states[2].requires_grad
-        assert not signals.logits.logits(slice(None)).requires_grad
+        assert not signals.whole.logits(slice(None)).requires_grad
 
     def test_its_signals_are_the_models_own(self, teacher: PreTrainedModel) -> None:
         given = batch()
@@ -152,7 +152,7 @@ class TestOpen:
             expected = teacher(**given.inputs, output_hidden_states=True)
         rows = given.supervised
         logits = expected.logits.flatten(0, 1)[rows.index]
-        assert torch.allclose(signals.logits.logits(slice(None)), logits, atol=1e-5)
+        assert torch.allclose(signals.whole.logits(slice(None)), logits, atol=1e-5)
         for layer in ALL.hidden:
             state = expected.hidden_states[layer].flatten(0, 1)[rows.index]
             assert torch.equal(signals.hidden(layer, rows), state)
@@ -161,8 +161,8 @@ class TestOpen:
     def test_named_and_loaded_agree(self, tmp_path: Path, teacher: PreTrainedModel) -> None:
         teacher.save_pretrained(tmp_path)
         given = batch()
-        named = Local(str(tmp_path)).open(ALL, CPU)(given).logits.logits(slice(None))
-        assert torch.equal(named, Local(teacher).open(ALL, CPU)(given).logits.logits(slice(None)))
+        named = Local(str(tmp_path)).open(ALL, CPU)(given).whole.logits(slice(None))
+        assert torch.equal(named, Local(teacher).open(ALL, CPU)(given).whole.logits(slice(None)))
 
     def test_a_device_map_with_several_processes_is_refused(
         self, teacher: PreTrainedModel, monkeypatch: pytest.MonkeyPatch

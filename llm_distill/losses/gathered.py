@@ -1,0 +1,83 @@
+"""Terms without closed form on a block: differentiated by autograd, or on a sparse target."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llm_distill.losses.pairs import Scratch, log_total
+from llm_distill.losses.softmax import FLOOR
+
+if TYPE_CHECKING:
+    from llm_distill.losses.rowwise import RowFunction, Tempered
+    from llm_distill.losses.sparse import Counts, TopK
+
+def differentiate(
+    term: RowFunction, student: Tensor, teacher: Tensor | None, labels: Tensor, *, wanted: bool
+) -> tuple[Tensor, Tensor | None]:
+    """A term's values `[n]`, and the gradient of their sum `[n, V]`; None where there is none.
+
+    A row whose gradient is no number has no number for its value, so that it is seen to be at
+    fault: the square root of a forbidden token's probability has a value, and 0 inf for a gradient.
+    """
+    with torch.set_grad_enabled(wanted):
+        leaf = student.detach().requires_grad_(wanted)
+        values = term(leaf, teacher, labels)
+        # A function of the labels or the teacher alone has no slope.
+        slope = torch.autograd.grad(values.sum(), leaf)[0] if values.requires_grad else None
+    values = values.detach()
+    return values if slope is None else values + 0.0 * slope.sum(-1), slope
+
+
+def coarse_score(
+    term: Tempered,
+    student: Tensor,
+    target: TopK,
+    labels: Tensor,
+    scratch: Scratch,
+    *,
+    wanted: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """A divergence between K kept tokens and the rest: `[n, V] -> [n]`, and its gradient `[n, V]`.
+
+    The student's tokens outside the K share the gradient of their sum, each by its probability:
+    with u the coarse logits, `du_rest / dz_v = q_v / q_rest`, which is the softmax of the tail and
+    known where q_rest underflows. None where there is no gradient.
+    """
+    ids = target.ids
+    kept = student.gather(-1, ids)
+    # Below the floor, so that forbidden tokens of the tail still weigh more than none.
+    student.scatter_(-1, ids, 2.0 * FLOOR)
+    rest = torch.softmax(student, -1, out=scratch("q", *student.shape))
+    tail = log_total(student, rest)
+    student.scatter_(-1, ids, kept)
+    if ids.shape[1] == student.shape[1]:  # softmax found equal tokens where there are none
+        tail.fill_(FLOOR)
+    coarse = torch.cat([kept, tail], -1)
+    own = replace(term, width=None)
+    found = target.targets().to(coarse.dtype), _coarse_labels(labels, target.ids)
+    values, slope = differentiate(own, coarse, *found, wanted=wanted)
+    if slope is None:
+        return values, None
+    return values, rest.mul_(slope[:, -1:]).scatter_(-1, ids, slope[:, :-1])
+
+
+def sampled_score(
+    term: Tempered, student: Tensor, target: Counts, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
+    """Forward KL to sampled tokens: `[n, V] -> [n]`, and its gradient q - counts / draws."""
+    q = torch.softmax(student, -1, out=scratch("q", *student.shape))
+    log_q = student.gather(-1, target.ids) - log_total(student, q)
+    share = target.counts.to(q.dtype) / target.draws
+    values = (torch.xlogy(share, share) - share * log_q).sum(-1)
+    q.scatter_add_(-1, target.ids, -share)
+    return values * term.factor, q.mul_(term.factor)
+
+
+def _coarse_labels(labels: Tensor, ids: Tensor) -> Tensor:
+    """Where the labels are among the kept tokens, K where they are not: `[n], [n, K] -> [n]`."""
+    same = ids == labels[:, None]
+    return torch.where(same.any(-1), same.long().argmax(-1), ids.shape[1])

@@ -1,0 +1,63 @@
+"""What every evaluation measures beside the terms, and a training log with its own step."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from llm_distill.losses.divergences import forward_kl
+from llm_distill.losses.rowwise import Alone, Nll, RowTerm, Tempered
+from llm_distill.losses.softmax import log_softmax
+from llm_distill.losses.sparse import Counts, TopK
+from llm_distill.signals import Dense, Distribution
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def measures(teacher: Distribution, vocabulary: int) -> Sequence[RowTerm]:
+    """Row functions of `MEASURES`, in its order, at temperature 1.
+
+    Args:
+        teacher: Its distribution. A sparse one has no perplexity and no surest token: NaN; its KL
+            is that of the tokens it tells.
+        vocabulary: The student's.
+    """
+    if isinstance(teacher, TopK | Counts):
+        absent = Alone(unknown)
+        return [Nll(), absent, Tempered(forward_kl), absent, Alone(entropy)]
+    theirs = teacher.values.shape[-1] if isinstance(teacher, Dense) else len(teacher.head.weight)
+    common = min(vocabulary, theirs)
+    agreement = partial(_agreement, common=common)
+    return [Nll(), _teacher_nll, Tempered(forward_kl, common), agreement, Alone(entropy)]
+
+
+def entropy(student: Tensor) -> Tensor:
+    """Entropy of the student: `[n, V] -> [n]`, nats.
+
+    >>> entropy(torch.zeros(1, 4))
+    tensor([1.3863])
+    """
+    log_q = log_softmax(student)
+    return -(log_q.exp() * log_q).sum(-1)
+
+
+def unknown(student: Tensor) -> Tensor:
+    """What a sparse teacher does not tell: `[n, V] -> [n]`, NaN."""
+    return student.new_full(student.shape[:1], torch.nan)
+
+
+def _teacher_nll(student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of the labels under the teacher: `any, [n, V], [n] -> [n]`."""
+    del student
+    return Nll()(cast("Tensor", teacher), None, labels)
+
+
+def _agreement(student: Tensor, teacher: Tensor | None, labels: Tensor, *, common: int) -> Tensor:
+    """1 where both models hold the same token for the likeliest: `[n, V] x2, any -> [n]`."""
+    del labels
+    theirs = cast("Tensor", teacher)[:, :common].argmax(-1)
+    return (student[:, :common].argmax(-1) == theirs).to(student.dtype)
