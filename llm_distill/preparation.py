@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import HubStrategy
 
 from llm_distill import binding, loading
@@ -188,8 +189,13 @@ def _check_sharding() -> None:
     """Refuse what Accelerate's launcher asks for and this trainer cannot give.
 
     Raises:
-        InputError: For FSDP version 1, and for weights that only rank 0 loads.
+        InputError: For ZeRO-3, for FSDP version 1, and for weights that only rank 0 loads.
     """
+    if is_deepspeed_zero3_enabled():
+        raise InputError(
+            "DeepSpeed ZeRO-3 keeps the head's weight in pieces, which the loss reads whole; use "
+            "FSDP2 (recipes/accelerate/fsdp2.yaml), or ZeRO-1 or 2"
+        )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return
     if os.environ.get("FSDP_VERSION", "1") != "2":

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llm_distill.losses.gradients import Gradients, scaled
 from llm_distill.losses.launching import launch, on_chip
 from llm_distill.losses.pairs import Scratch
-from llm_distill.losses.planning import plan
+from llm_distill.losses.planning import headroom, plan
 from llm_distill.losses.projection import Finish, Projection
 from llm_distill.losses.scoring import Job, Side, Target, faulty, score
 from llm_distill.losses.sparse import Counts, TopK
@@ -31,10 +32,6 @@ Teacher = Projection | Tensor | TopK | Counts
 
 HALF = 2
 """Bytes of an fp16 or bf16 number."""
-
-HEADROOM = 64.0
-"""fp16 slopes are made this much larger: of a flat softmax on 128k tokens they are below 1e-5,
-which fp16 knows to 1 % only. Its largest number, 65504, leaves room for steep ones."""
 
 BLOCK = {"cpu": 3 << 16, "cuda": 1 << 24}
 """Logits of an elementwise block: in the cache of a core, or enough to fill a GPU."""
@@ -69,8 +66,10 @@ def head_pass(
         or infinite (`scoring.faulty`) count nothing in sum and gradient.
 
     Raises:
-        ValueError: If a term needs more than the teacher says.
+        ValueError: If a term needs more than the teacher says, sizes do not belong together, or
+            ids of a sparse target on the CPU are not in the student's vocabulary.
     """
+    _check(student, teacher, labels, terms, shares)
     leaves: tuple[Tensor | None, ...] = student.features, student.weight, student.bias
     if not torch.is_grad_enabled():  # needs_input_grad would still be true, and the work be done
         leaves = tuple(None if leaf is None else leaf.detach() for leaf in leaves)
@@ -84,6 +83,35 @@ def head_pass(
     with torch.autocast(device.type, enabled=False):
         work = _Work(student.finish, teacher, labels, (*terms, *measures), chunk, dtype)
         return _untraced(*leaves, shares, work)
+
+
+def _check(
+    student: Projection,
+    teacher: Teacher | None,
+    labels: Tensor,
+    terms: Sequence[RowTerm],
+    shares: Tensor,
+) -> None:
+    """Refuse sizes that torch would broadcast or cut.
+
+    Raises:
+        ValueError: Naming them.
+    """
+    rows = len(student)
+    if labels.shape != (rows,) or not (teacher is None or len(teacher) == rows):
+        told = "none" if teacher is None else len(teacher)
+        raise ValueError(
+            f"{rows} rows of the student with labels {list(labels.shape)} and teacher rows: {told}"
+        )
+    if shares.shape != (len(terms),):
+        raise ValueError(f"{len(terms)} terms with shares {list(shares.shape)}; write one for each")
+    if isinstance(teacher, TopK | Counts) and teacher.ids.device.type == "cpu" and rows:
+        highest = int(teacher.ids.max())  # on a GPU, to ask would be to wait for it
+        if highest >= student.vocabulary:
+            raise ValueError(
+                f"the teacher tells of token {highest}, and the student has {student.vocabulary}; "
+                "its targets are of another vocabulary"
+            )
 
 
 def rows_per_chunk(
@@ -139,7 +167,7 @@ class _Work:
         if isinstance(self.teacher, Projection):
             teacher = Side(self.teacher.finish, owned=True, finite=self.teacher.finite)
         return Job(
-            plan=plan(self.terms, student.vocabulary, self.teacher),
+            plan=plan(self.terms, student.vocabulary, self.teacher, self.teacher_vocabulary),
             # Numbers are quicker than tensors, but to ask a GPU for them is to wait for it.
             shares=shares.tolist() if device.type == "cpu" else list(shares.unbind()),
             student=Side(self.finish, owned=True, finite=student.finite),
@@ -183,10 +211,10 @@ class _HeadPass(torch.autograd.Function):
         half = work.dtype.itemsize == HALF
         ctx.scale = shares.abs().sum().clamp_min(1e-30) if half else None
         if work.dtype == torch.float16:
-            ctx.scale = ctx.scale / HEADROOM
+            ctx.scale = ctx.scale / headroom(work.terms[: len(shares)])
         own = Projection(features, weight, bias).to(work.dtype)
         needs = ctx.needs_input_grad[:3]
-        grads = _Gradients((features, weight, bias), needs, work.wide)
+        grads = Gradients((features, weight, bias), needs, work.wide)
         relative = shares if ctx.scale is None else shares / ctx.scale
         job = work.job(own, relative, wanted=any(needs))
         counted = len(shares)
@@ -228,74 +256,10 @@ class _HeadPass(torch.autograd.Function):
             grads = [None if g is None else g.to(dtype) for g, dtype in ctx.grads]
         else:
             # In fp32: a factor of 1 / N in the gradients' fp16 would be rounded or 0.
-            grads = [None if g is None else _scaled(g, factor, dtype) for g, dtype in ctx.grads]
+            grads = [None if g is None else scaled(g, factor, dtype) for g, dtype in ctx.grads]
         ctx.grads = None
         return (*grads, None, None)
 
 
 # It writes into buffers inside its forward, which dynamo cannot trace: the graph breaks here.
 _untraced: Callable[..., tuple[Tensor, Tensor]] = torch.compiler.disable(_HeadPass.apply)
-
-
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient times a factor, multiplied in the wider dtype of the two."""
-    if gradient.dtype == factor.dtype == dtype:
-        return gradient.mul_(factor)
-    return gradient.to(factor.dtype).mul_(factor).to(dtype)
-
-
-class _Gradients:
-    """Accumulators of the gradients somebody wants, in fp32 for the head."""
-
-    def __init__(
-        self, leaves: Sequence[Tensor | None], needs: Sequence[bool], wide: torch.dtype
-    ) -> None:
-        wanted = [leaf if need else None for leaf, need in zip(leaves, needs, strict=True)]
-        features, weight, bias = wanted
-        self._dtypes = [None if leaf is None else leaf.dtype for leaf in leaves]
-        self.features = None if features is None else torch.empty_like(features)
-        self.weight = None if weight is None else torch.empty_like(weight, dtype=wide)
-        self.bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
-        if self.weight is not None and leaves[0] is not None and not len(leaves[0]):
-            self.weight.zero_()
-
-    def add(self, rows: slice, slope: Tensor, own: Projection) -> None:
-        """One chunk: the gradient of its product `[n, V]`."""
-        if self.features is not None:
-            if self.features.dtype == slope.dtype:
-                torch.mm(slope, own.weight, out=self.features[rows])
-            else:
-                self.features[rows] = slope @ own.weight
-        if self.weight is not None:
-            # A row at fault has a slope of 0, but 0 times NaN is NaN for the whole head.
-            features = own.features[rows].nan_to_num(0.0, 0.0, 0.0)
-            accumulate(self.weight, slope.T, features, fresh=rows.start == 0)
-        if self.bias is not None:
-            self.bias += slope.sum(0, dtype=self.bias.dtype)
-
-    def finished(self) -> list[tuple[Tensor | None, torch.dtype | None]]:
-        """Each gradient with the dtype autograd expects."""
-        return list(zip((self.features, self.weight, self.bias), self._dtypes, strict=True))
-
-
-def accumulate(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False) -> None:
-    """`total += a @ b`, in the dtype of the total as far as the device can: `[V, n], [n, D]`.
-
-    Args:
-        total: fp32, or the dtype of the factors.
-        a: Factor.
-        b: Factor.
-        fresh: Whether the total holds nothing yet and is set.
-    """
-    if a.dtype == total.dtype:
-        torch.mm(a, b, out=total) if fresh else total.addmm_(a, b)
-    elif a.is_cuda:  # halves in, fp32 out, in one product
-        dtype = total.dtype
-        if fresh:
-            torch.mm(a, b, out_dtype=dtype, out=total)
-        else:
-            torch.addmm(total, a, b, out_dtype=dtype, out=total)
-    elif fresh:
-        total.copy_(a @ b)
-    else:
-        total += a @ b

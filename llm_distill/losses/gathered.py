@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llm_distill.losses.rowwise import RowFunction, Tempered
     from llm_distill.losses.sparse import Counts, TopK
 
+
 def differentiate(
     term: RowFunction, student: Tensor, teacher: Tensor | None, labels: Tensor, *, wanted: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -52,8 +53,11 @@ def coarse_score(
     # Below the floor, so that forbidden tokens of the tail still weigh more than none.
     student.scatter_(-1, ids, 2.0 * FLOOR)
     rest = torch.softmax(student, -1, out=scratch("q", *student.shape))
-    tail = log_total(student, rest)
+    total = log_total(student, rest)
     student.scatter_(-1, ids, kept)
+    # Relative to one of them, so that an offset of all logits takes no digits.
+    largest = kept.amax(-1, keepdim=True)
+    kept, tail = kept - largest, (total.top - largest).add_(total.rest)
     if ids.shape[1] == student.shape[1]:  # softmax found equal tokens where there are none
         tail.fill_(FLOOR)
     coarse = torch.cat([kept, tail], -1)
@@ -70,7 +74,7 @@ def sampled_score(
 ) -> tuple[Tensor, Tensor]:
     """Forward KL to sampled tokens: `[n, V] -> [n]`, and its gradient q - counts / draws."""
     q = torch.softmax(student, -1, out=scratch("q", *student.shape))
-    log_q = student.gather(-1, target.ids) - log_total(student, q)
+    log_q = log_total(student, q).over(student.gather(-1, target.ids)).neg_()
     share = target.counts.to(q.dtype) / target.draws
     values = (torch.xlogy(share, share) - share * log_q).sum(-1)
     q.scatter_add_(-1, target.ids, -share)

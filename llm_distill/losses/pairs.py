@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Total(NamedTuple):
+    """Log sum exp in two parts, as logits may be large where their differences are small.
+
+    Attributes:
+        top: The largest logit, `[n, 1]`.
+        rest: What it lacks, `[n, 1]`, at least 0.
+    """
+
+    top: Tensor
+    rest: Tensor
+
+    def over(self, logits: Tensor) -> Tensor:
+        """The total less some logits of the rows: `[n, k] -> [n, k]`."""
+        return (self.top - logits).add_(self.rest)
 
 
 class Scratch:
@@ -45,7 +63,7 @@ class Pair:
         self._student, self._teacher, self._scratch = student, teacher, scratch
         self._sole = sole
         self._normalised = False
-        self._student_total: Tensor | None = None
+        self._student_total: Total | None = None
         self._gap: Tensor | None = None
         self.q = torch.softmax(student, -1, out=self.buffer("q"))
         self.p = torch.softmax(teacher, -1, out=self.buffer("p"))
@@ -55,8 +73,8 @@ class Pair:
         return self._scratch(name, *self._student.shape)
 
     @property
-    def student_total(self) -> Tensor:
-        """Log sum exp of the student's logits: `[n, 1]`."""
+    def student_total(self) -> Total:
+        """Log sum exp of the student's logits."""
         if self._student_total is None:
             self._student_total = log_total(self._student, self.q)
         return self._student_total
@@ -78,7 +96,8 @@ class Pair:
             out = self._teacher if self._sole else self.buffer("gap")
             shift = None
             if not self._normalised:
-                shift = log_total(self._teacher, self.p) - self.student_total
+                theirs, own = log_total(self._teacher, self.p), self.student_total
+                shift = (theirs.top - own.top) + (theirs.rest - own.rest)
             self._gap = torch.sub(self._teacher, self._student, out=out)
             if shift is not None:
                 self._gap.sub_(shift)
@@ -95,15 +114,17 @@ class Pair:
     def _logs(self) -> tuple[Tensor, Tensor]:
         """Both logits normalised in place, once."""
         if not self._normalised:
-            self._student.sub_(self.student_total)
-            self._teacher.sub_(log_total(self._teacher, self.p))
+            own, theirs = self.student_total, log_total(self._teacher, self.p)
+            self._student.sub_(own.top).sub_(own.rest)
+            self._teacher.sub_(theirs.top).sub_(theirs.rest)
             self._normalised = True
         return self._student, self._teacher
 
 
-def log_total(logits: Tensor, probabilities: Tensor) -> Tensor:
+def log_total(logits: Tensor, probabilities: Tensor) -> Total:
     """Log sum exp from the logits and their softmax, without another exp: `[n, V] x2 -> [n, 1]`.
 
     The largest probability is at least 1 / V, so its logarithm is well-conditioned.
     """
-    return logits.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log_()
+    rest = probabilities.amax(-1, keepdim=True).log_().neg_()
+    return Total(logits.amax(-1, keepdim=True), rest)

@@ -13,6 +13,10 @@ from llm_distill.losses.sparse import Counts, TopK
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+HEADROOM = 64.0
+"""fp16 slopes are made this much larger: of a flat softmax on 128k tokens they are below 1e-5,
+which fp16 knows to 1 % only. Its largest number, 65504, leaves room for steep ones."""
+
 
 @dataclass(frozen=True)
 class Member:
@@ -59,13 +63,16 @@ class Plan:
     coarse: tuple[tuple[int, Tempered], ...] = ()
 
 
-def plan(terms: Sequence[RowTerm], vocabulary: int, teacher: object) -> Plan:
+def plan(
+    terms: Sequence[RowTerm], vocabulary: int, teacher: object, tokens: int | None = None
+) -> Plan:
     """Sort terms by what they share.
 
     Args:
         terms: In their order.
         vocabulary: The student's.
         teacher: What says the targets; only its type is looked at.
+        tokens: Its vocabulary, where it gives whole logits; by default the student's.
 
     Raises:
         ValueError: If there is no teacher for a divergence, or a sparse one cannot serve a term.
@@ -83,13 +90,27 @@ def plan(terms: Sequence[RowTerm], vocabulary: int, teacher: object) -> Plan:
         elif isinstance(term, Tempered) and teacher is None:
             raise ValueError("a divergence needs the teacher's logits, and there are none")
         elif isinstance(term, Tempered) and (form := closed_form(term.loss)) is not None:
-            _join(groups, Member(place, term, form), min(term.width or vocabulary, vocabulary))
+            common = min(vocabulary, tokens or vocabulary)
+            _join(groups, Member(place, term, form), min(term.width or common, common))
         else:
             free.append((place, term))
     labels = tuple(place for place, term in enumerate(terms) if isinstance(term, Nll))
     if labels:
         _label(groups, labels, vocabulary)
     return Plan(tuple(groups), tuple(free), tuple(coarse))
+
+
+def headroom(terms: Sequence[RowTerm]) -> float:
+    """Factor on slopes in fp16; 1 where one is not in closed form and may be of any size.
+
+    >>> headroom([Nll(), Tempered(forward_kl)]), headroom([Tempered(lambda s, t: s.exp().sum(-1))])
+    (64.0, 1.0)
+    """
+    known = (
+        isinstance(term, Nll) or (isinstance(term, Tempered) and closed_form(term.loss) is not None)
+        for term in terms
+    )
+    return HEADROOM if all(known) else 1.0
 
 
 def _join(groups: list[Group], member: Member, width: int) -> None:

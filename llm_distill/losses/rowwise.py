@@ -54,7 +54,8 @@ class Tempered:
     Attributes:
         loss: (student logits `[n, V]`, teacher logits `[n, V]`) -> `[n]`; one that has an argument
             named `labels` is given them, `[n]`.
-        width: Tokens that both vocabularies have; both are cut to them and renormalised.
+        width: Tokens that both vocabularies have, to which they are cut and renormalised; None:
+            as many as the smaller one.
         temperature: Both models' logits are divided by it.
         factor: On the value.
         mix: A number on the device in [0, 1], the teacher's share of a moving target: its logits
@@ -71,7 +72,8 @@ class Tempered:
         """One value per row: `[n, V], [n, V'], [n] -> [n]`."""
         if teacher is None:
             raise ValueError("a divergence needs the teacher's logits, and there are none")
-        s, t = wide(student)[:, : self.width], wide(teacher)[:, : self.width]
+        width = self.width or min(student.shape[1], teacher.shape[1])
+        s, t = wide(student)[:, :width], wide(teacher)[:, :width]
         t = self.target(s.detach(), t)
         if self.temperature != 1.0:
             s, t = s / self.temperature, t / self.temperature

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llm_distill.losses.gathered import coarse_score, differentiate, sampled_score
-from llm_distill.losses.pairs import Pair, Scratch, log_total
+from llm_distill.losses.pairs import Pair, Scratch, Total, log_total
 from llm_distill.losses.planning import Group, Member, Plan
 from llm_distill.losses.projection import Finish
 from llm_distill.losses.sparse import Counts, TopK
@@ -187,11 +187,12 @@ class _Block:
 
     def _coarse(self, term: Tempered, *, wanted: bool) -> tuple[Tensor, Tensor | None]:
         """A divergence on a sparse target."""
+        student = cut(self.s, min(term.width or self.s.shape[1], self.s.shape[1]))
         if isinstance(self.target, Counts):
-            return sampled_score(term, self.s, self.target, self.job.scratch)
+            return sampled_score(term, student, self.target, self.job.scratch)
         if not isinstance(self.target, TopK):
             raise TypeError(f"{self.target} is no sparse target")
-        given = (self.s, self.target, self.labels, self.job.scratch)
+        given = (student, self.target, self.labels, self.job.scratch)
         return coarse_score(term, *given, wanted=wanted)
 
     def _closed(self, group: Group, *, last: bool) -> None:
@@ -223,9 +224,9 @@ class _Block:
         self._add(found.a, weight * found.factor)
         return weight * (found.total[:, None] if isinstance(found.total, Tensor) else found.total)
 
-    def _label(self, group: Group, total: Tensor) -> None:
-        """Values of the terms on the labels, from log sum exp `[n, 1]`."""
-        nll = total - self.s.gather(-1, self.labels[:, None])
+    def _label(self, group: Group, total: Total) -> None:
+        """Values of the terms on the labels."""
+        nll = total.over(self.s.gather(-1, self.labels[:, None]))
         for place in group.labels:
             self.values[place] = nll[:, 0]
 

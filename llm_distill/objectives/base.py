@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -254,6 +255,12 @@ def check_row_function(
     Raises:
         ValueError: Naming the loss and what it returned.
     """
+    inner: object = function.func if isinstance(function, partial) else function
+    if isinstance(inner, nn.Module) and any(p.requires_grad for p in inner.parameters()):
+        raise ValueError(
+            f"{owner}: loss {type(inner).__name__} has parameters, which nobody would train; write "
+            "an Objective whose build returns a Term of its own, or freeze them"
+        )
     sample = torch.linspace(0.1, 1.0, int(torch.tensor(shape).prod())).view(shape)
     sample = sample / sample.sum(-1, keepdim=True)
     name = describe_function(function)

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 Scaling = Literal["none", "T", "T2"]
 
 
+COLDEST = 1e-6
+"""Divided by less, the number that stands for -inf would be -inf."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CrossEntropy(Objective):
     """Cross-entropy on the labels, over the student's whole vocabulary. Nats per token."""
@@ -71,9 +75,10 @@ class Logits(Objective):
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
         super().__post_init__()
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
+        if not (math.isfinite(self.temperature) and self.temperature >= COLDEST):
             raise ValueError(
-                f"Logits: temperature is {self.temperature}; it must be a finite number > 0"
+                f"Logits: temperature is {self.temperature}; it must be a finite number > 0, at "
+                f"least {COLDEST:g}"
             )
         check_choice("Logits: scaling", self.scaling, ("none", "T", "T2"))
         labels = {"labels": torch.tensor([0, 1])} if takes_labels(self.loss) else {}

@@ -460,6 +460,26 @@ def test_no_rows_give_zeros_with_a_graph() -> None:
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_hidden_state_that_is_no_number_spoils_no_head(broken: float) -> None:
+    """The row's slope is 0, and 0 times NaN is NaN."""
+    given = case(student=Finish(softcap=3.0))
+    features = given.student.features.clone()
+    features[3] = broken
+    others = torch.arange(N) != 3
+    assert isinstance(given.teacher, Projection)
+    teacher = logits(given.teacher)
+    spoilt = replace(given, student=replace(given.student, features=features), teacher=teacher)
+    sound = Given(
+        replace(given.student, features=features[others]), teacher[others], given.labels[others]
+    )
+    gradients = fused(spoilt, MIXED[:3], SHARES[:3])[2]
+    expected = dense(sound, MIXED[:3], SHARES[:3])[2]
+    if broken != broken:  # beyond a soft cap infinity is a number like others
+        torch.testing.assert_close(gradients[1:], expected[1:], rtol=1e-12, atol=1e-12)
+    assert all(g is not None and g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_row_that_is_no_number_counts_nothing(broken: float) -> None:
     """A teacher that overflows must not destroy the student: other rows train on."""
     given = case()
@@ -700,6 +720,26 @@ def test_a_tiny_share_and_a_loss_scale_cancel_in_fp16() -> None:
     expected = fused(given, MIXED, SHARES)
     for one, other in zip(found[2], expected[2], strict=True):
         assert relative_error(one, other) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
+def test_slopes_of_a_flat_softmax_do_not_underflow_in_fp16(name: str) -> None:
+    """Of 40000 tokens that are alike each has a slope of about 1e-6, 17 of fp16's least number."""
+    given = case(rows=8, width=32, vocabulary=40_000, bias=False, wider=0)
+    assert isinstance(given.teacher, Projection)
+    flat = Given(
+        replace(given.student, weight=0.01 * given.student.weight),
+        replace(given.teacher, weight=0.01 * given.teacher.weight),
+        given.labels,
+    )
+    flat = flat.to(torch.float16).to(torch.float32)
+    terms = [Tempered(LOSSES[name])]
+    with torch.autocast("cpu", torch.float16):
+        found = fused(flat, terms, [1.0], chunk=8)[2]
+    for one, other in zip(found, dense(flat, terms, [1.0])[2], strict=True):
+        if one is not None and other is not None:
+            error = (one.double() - other).norm() / other.norm()
+            assert error < 2e-3
 
 
 def test_the_factor_is_not_rounded_to_the_gradients_dtype() -> None:

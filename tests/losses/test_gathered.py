@@ -79,6 +79,22 @@ class TestDifferentiate:
         assert slope is None
         assert torch.equal(values, teacher.sum(-1))
 
+    def test_a_slope_that_is_no_number_shows_in_the_value(self) -> None:
+        """The square root of 0 has a value and no slope: its row is at fault, not the head."""
+        student, teacher = (z.detach().clone() for z in logits(N, V))
+        student[2, 3] = -1e30
+
+        def root(z: Tensor, t: Tensor | None, labels: Tensor) -> Tensor:
+            del labels
+            assert t is not None
+            return (z.softmax(-1).sqrt() - t.softmax(-1).sqrt()).square().sum(-1)
+
+        values, slope = differentiate(root, student, teacher, LABELS, wanted=True)
+        assert slope is not None
+        assert values.isnan().tolist() == [row == 2 for row in range(N)]
+        assert torch.equal(values[:2], root(student, teacher, LABELS)[:2])
+        assert slope.isfinite().all(-1).tolist() == [row != 2 for row in range(N)]
+
     def test_the_students_own_graph_is_left_alone(self) -> None:
         student, teacher = logits(N, V)
         differentiate(Tempered(), student, teacher, LABELS, wanted=True)
@@ -146,14 +162,27 @@ class TestCoarse:
         assert slope is not None
         torch.testing.assert_close(slope.double(), expected[1], rtol=1e-5, atol=1e-9)
 
-    def test_a_tail_below_all_numbers_stays_finite(self) -> None:
-        student = torch.tensor([[500.0, 0.0, 0.0, 1.0]])
-        target = TopK.of(torch.tensor([[5.0, 1.0, 1.0, 0.0]]), 1)
+    @pytest.mark.parametrize("size", [500.0, 1e4])
+    def test_a_tail_below_all_numbers_still_learns(self, size: float) -> None:
+        """Its mass underflows; its logarithm and the gradient within it do not."""
+        student = torch.tensor([[size, 0.0, 0.0, 1.0]])
+        target = TopK.of(torch.tensor([[2.0, 1.0, 1.0, 0.0]]), 1)
         given = student, target, torch.tensor([0]), Scratch(4, torch.float32, torch.device("cpu"))
         values, slope = coarse_score(Tempered(), *given, wanted=True)
+        expected = by_autograd(
+            lambda z: forward_kl(coarsen(z, target.ids), target.targets().double()),
+            student.double(),
+        )
+        assert values.item() > size / 3
+        torch.testing.assert_close(values.double(), expected[0], rtol=1e-5, atol=0)
         assert slope is not None
-        assert values.isfinite().all()
-        assert slope.isfinite().all()
+        torch.testing.assert_close(slope.double(), expected[1], rtol=1e-5, atol=1e-7)
+
+    def test_a_tail_the_student_forbids_shows(self) -> None:
+        student = torch.tensor([[1.0, -1e30, -1e30, -1e30]])
+        target = TopK.of(torch.tensor([[2.0, 1.0, 1.0, 0.0]]), 1)
+        given = student, target, torch.tensor([0]), Scratch(4, torch.float32, torch.device("cpu"))
+        assert coarse_score(Tempered(), *given, wanted=False)[0].item() > 1e20
 
     def test_what_has_no_slope_gives_none(self) -> None:
         student, teacher = logits(N, V)
