@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llm_distill.capture import Reader, plain
 from llm_distill.faults import find
-from llm_distill.losses.fused import Teacher, head_pass, rows_per_chunk
+from llm_distill.losses.fused import Teacher, head_pass, rows_per_chunk, working_dtype
 from llm_distill.losses.scoring import INFINITE
 from llm_distill.measures import measures
 from llm_distill.objectives import HeadTerm, Term
@@ -177,7 +177,7 @@ class Distiller(nn.Module):
         if self.rows_per_chunk is None:
             device = student.features.device
             self.rows_per_chunk = rows_per_chunk(
-                student.features.dtype,
+                working_dtype(student.features),
                 device.type,
                 frozen=not student.weight.requires_grad,
                 vocabulary=student.vocabulary,

@@ -73,10 +73,7 @@ def head_pass(
     leaves: tuple[Tensor | None, ...] = student.features, student.weight, student.bias
     if not torch.is_grad_enabled():  # needs_input_grad would still be true, and the work be done
         leaves = tuple(None if leaf is None else leaf.detach() for leaf in leaves)
-    device = student.features.device
-    dtype = student.features.dtype
-    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device.type)
+    device, dtype = student.features.device, working_dtype(student.features)
     if chunk is None:
         frozen = not (student.weight.requires_grad and torch.is_grad_enabled())
         chunk = rows_per_chunk(dtype, device.type, frozen=frozen)
@@ -112,6 +109,14 @@ def _check(
                 f"the teacher tells of token {highest}, and the student has {student.vocabulary}; "
                 "its targets are of another vocabulary"
             )
+
+
+def working_dtype(features: Tensor) -> torch.dtype:
+    """Of the matrix products: that of the features, or of autocast; float64 stays what it is."""
+    kind = features.device.type
+    if features.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return features.dtype
 
 
 def rows_per_chunk(

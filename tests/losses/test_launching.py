@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -215,21 +214,37 @@ def test_nothing_is_asked_of_another_device(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("triton", ["1", "0"])
-@pytest.mark.parametrize("loss", [forward_kl, jsd, partial(jsd, beta=0.1), decoupled])
+@pytest.mark.parametrize(
+    "losses",
+    [[forward_kl], [jsd], [decoupled], [jsd, reverse_kl], [adaptive_kl], [dense_pass.two_lines]],
+    ids=lambda losses: " ".join(loss.__name__ for loss in losses),
+)
+@pytest.mark.parametrize("teacher", ["projection", "top k"])
+@pytest.mark.parametrize("moving", [False, True])
 def test_a_gpu_is_never_waited_for(
-    monkeypatch: pytest.MonkeyPatch, triton: str, loss: Callable[..., Tensor]
+    monkeypatch: pytest.MonkeyPatch,
+    triton: str,
+    losses: list[Callable[..., Tensor]],
+    teacher: str,
+    moving: bool,
 ) -> None:
     monkeypatch.setenv("LLM_DISTILL_TRITON", triton)
     features = torch.randn(300, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
     weight = torch.randn(1000, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
-    teacher = Projection(features.detach(), weight.detach() + 0.1)
+    whole = Projection(features.detach(), weight.detach() + 0.1)
+    target = whole if teacher == "projection" else TopK.of(logits(whole), 16)
     labels = torch.randint(1000, (300,), device="cuda")
-    shares = torch.full((2,), 1 / 300, device="cuda")
-    terms: list[RowTerm] = [Tempered(loss), Nll()]
-    student = Projection(features, weight)
-    fused.head_pass(student, teacher, labels, terms, shares)[0].backward()  # compiles
+    mix = torch.tensor(0.5, device="cuda") if moving else None
+    terms: list[RowTerm] = [Nll(), *(Tempered(loss, 1000, 2.0, mix=mix) for loss in losses)]
+    shares = torch.full((len(terms),), 1 / 300, device="cuda")
+    student, beside = Projection(features, weight), [Alone(entropy)]
+
+    def run() -> None:
+        fused.head_pass(student, target, labels, terms, shares, measures=beside)[0].backward()
+
+    run()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        fused.head_pass(student, teacher, labels, terms, shares)[0].backward()
+        run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
