@@ -36,6 +36,7 @@ class Arm:
         answer: Which right answer it has to give; None: nothing to compare.
         memory: Whether its peak says anything.
         twice: Its peak is that of the second run, as the first one compiles.
+        returned: MiB of gradients it gives back, where that is less than all.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Arm:
     answer: str | None = None
     memory: bool = True
     twice: bool = False
+    returned: float | None = None
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from llm_distill.teachers.local import Local
 from scripts.bench.inputs import Inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from llm_distill.objectives import Objective
+    from llm_distill.objectives import Objective, Term
     from scripts.bench.settings import StepSettings
 
 HEAD_WIDTH = 64
@@ -37,12 +37,14 @@ class Models:
         teacher: Frozen.
         ids: `[B, T]`.
         targets: `[B, T]`, -100 on the prompt, beside their own token as in transformers.
+        chunk: Rows of one GEMM.
     """
 
     student: LlamaForCausalLM
     teacher: LlamaForCausalLM
     ids: Tensor
     targets: Tensor
+    chunk: int
 
     @classmethod
     def build(cls, settings: StepSettings) -> Models:
@@ -53,7 +55,9 @@ class Models:
         ids = torch.randint(s.vocab, (s.batch, s.length)).to(s.device)
         targets = ids.clone()
         targets[:, : s.prompt_tokens] = IGNORED
-        return cls(student, teacher.requires_grad_(requires_grad=False).eval(), ids, targets)
+        return cls(
+            student, teacher.requires_grad_(requires_grad=False).eval(), ids, targets, s.chunk
+        )
 
     @property
     def shifted(self) -> Tensor:
@@ -106,6 +110,10 @@ class Models:
         collated = RowCollator(lambda _: given, shift=True, valid=False)([])
         return make_batch(collated, None, seed=0, epoch=0).to(self.ids.device)
 
+    def distiller(self, terms: Mapping[str, Term]) -> Distiller:
+        """As DistillTrainer makes it."""
+        return Distiller(self.student, terms, "student", rows_per_chunk=self.chunk)
+
     def step(
         self, objectives: Sequence[Objective], weights: Sequence[float]
     ) -> Callable[[], Tensor]:
@@ -121,7 +129,7 @@ class Models:
         terms = bind(objectives, spec, local.spec, seed=0)
         request = teacher_request(terms)
         source = local.open(request, device) if request.logits else None
-        distiller, batch = Distiller(self.student, terms, "student"), self.batch()
+        distiller, batch = self.distiller(terms), self.batch()
         shares = torch.tensor(weights, device=device) / int(self.supervised.sum())
 
         def run() -> Tensor:

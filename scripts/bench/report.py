@@ -26,6 +26,7 @@ class Result:
         errors: Relative, of the loss and of each gradient, against the right answer.
         peak: None where it was not measured.
         missing: Why it could not run.
+        returned: MiB of gradients, where they are less than all.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Result:
     errors: dict[str, float] = field(default_factory=dict)
     peak: Peak | None = None
     missing: str | None = None
+    returned: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ class Report:
         """The peak besides the gradients that any method returns, in fp32 [N, V]."""
         if result.peak is None or result.kind == "part":
             return None
-        spare = max(0.0, result.peak.used - self.facts["gradients_mib"])
+        returned = self.facts["gradients_mib"] if result.returned is None else result.returned
+        spare = max(0.0, result.peak.used - returned)
         return spare / self.facts["logits_mib"]
 
     def leanness(self, result: Result) -> float | None:

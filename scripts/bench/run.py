@@ -53,7 +53,9 @@ def execute(
     machine = Machine.here(settings, argv)
     benchmark = start(settings)
     chosen = [arm for arm in benchmark.arms() if settings.wants(arm.name)]
-    results = {arm.name: Result(arm.name, arm.kind, arm.note) for arm in chosen}
+    results = {
+        arm.name: Result(arm.name, arm.kind, arm.note, returned=arm.returned) for arm in chosen
+    }
     runs = _prepared(benchmark, chosen, results, tell)
     tell(f"{settings.rounds} rounds of {len(runs)} arms")
     times = interleaved(

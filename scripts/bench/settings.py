@@ -87,6 +87,7 @@ class StepSettings(Settings):
     Attributes:
         batch: Sequences.
         length: Tokens of each.
+        chunk: Rows of one GEMM, in our arms.
         prompt: Fraction of each sequence that is prompt, and so not supervised.
         student_layers: Blocks of the student.
         student_width: Its features.
@@ -96,6 +97,7 @@ class StepSettings(Settings):
 
     batch: int = 4
     length: int = 256
+    chunk: int = 256
     prompt: float = 0.0
     student_layers: int = 4
     student_width: int = 256

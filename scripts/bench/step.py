@@ -53,7 +53,7 @@ class StepBenchmark(Benchmark):
             f"step: {s.loss}, student {s.student_layers} x {s.student_width}, "
             f"teacher {s.teacher_layers} x {s.teacher_width}, V={s.vocab:,}, "
             f"{s.batch} x {s.length} tokens, {int(self.models.supervised.sum()):,} of them "
-            f"supervised, {s.dtype}"
+            f"supervised, {s.dtype}, chunk {s.chunk}"
         )
 
     def arms(self) -> list[Arm]:
@@ -174,7 +174,7 @@ class StepBenchmark(Benchmark):
 
         def forward() -> Tensor:
             inputs = models.rows(nothing, models.student_hidden())
-            return ours.fused(inputs, self.loss.function, target=top)
+            return ours.fused(inputs, self.loss.function, chunk=models.chunk, target=top)
 
         return lambda: _trained(forward)
 
