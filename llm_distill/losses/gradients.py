@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from llm_distill.losses.projection import Projection
 
 
+STRIPE = 1 << 20
+"""Numbers of a gradient that a CPU adds at a time."""
+
+
 class Gradients:
     """Accumulators of the gradients somebody wants, in fp32 for the head."""
 
@@ -64,10 +68,13 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False) -> N
             torch.mm(a, b, out_dtype=dtype, out=total)
         else:
             torch.addmm(total, a, b, out_dtype=dtype, out=total)
-    elif fresh:
-        total.copy_(a @ b)
-    else:
-        total += a @ b
+    else:  # in stripes: what a product gives in halves stays in the cache until it is added
+        rows = max(1, STRIPE // max(1, b.shape[1]))
+        for part, factor in zip(total.split(rows), a.split(rows), strict=True):
+            if fresh:
+                part.copy_(factor @ b)
+            else:
+                part.add_(factor @ b)
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
