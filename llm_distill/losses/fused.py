@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llm_distill.losses.closed import closed_form
 from llm_distill.losses.gradients import Gradients, scaled
 from llm_distill.losses.launching import launch, on_chip
 from llm_distill.losses.pairs import Scratch
@@ -171,8 +172,9 @@ class _Work:
         teacher = Side()
         if isinstance(self.teacher, Projection):
             teacher = Side(self.teacher.finish, owned=True, finite=self.teacher.finite)
+        found = plan(self.terms, student.vocabulary, self.teacher, self.teacher_vocabulary)
         return Job(
-            plan=plan(self.terms, student.vocabulary, self.teacher, self.teacher_vocabulary),
+            plan=found,
             # Numbers are quicker than tensors, but to ask a GPU for them is to wait for it.
             shares=shares.tolist() if device.type == "cpu" else list(shares.unbind()),
             student=Side(self.finish, owned=True, finite=student.finite),
@@ -180,6 +182,7 @@ class _Work:
             wanted=wanted,
             scratch=Scratch(rows * widest, self.wide, device),
             rows=rows,
+            forms={place: closed_form(term.loss) for place, term in found.coarse},
         )
 
     @property

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llm_distill.losses.pairs import Scratch, log_total
+from llm_distill.losses.pairs import Pair, Scratch, log_total
 from llm_distill.losses.softmax import FLOOR
 
 if TYPE_CHECKING:
+    from llm_distill.losses.closed import Form
     from llm_distill.losses.rowwise import RowFunction, Tempered
     from llm_distill.losses.sparse import Counts, TopK
 
@@ -41,12 +42,22 @@ def coarse_score(
     scratch: Scratch,
     *,
     wanted: bool,
+    form: Form | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """A divergence between K kept tokens and the rest: `[n, V] -> [n]`, and its gradient `[n, V]`.
 
     The student's tokens outside the K share the gradient of their sum, each by its probability:
     with u the coarse logits, `du_rest / dz_v = q_v / q_rest`, which is the softmax of the tail and
     known where q_rest underflows. None where there is no gradient.
+
+    Args:
+        term: The divergence.
+        student: Finite logits; a buffer meanwhile, and in the end as they were.
+        target: Of these rows.
+        labels: `[n]`.
+        scratch: Work buffers.
+        wanted: Whether the gradient is.
+        form: The divergence's closed form, where it has one.
     """
     ids = target.ids
     kept = student.gather(-1, ids)
@@ -60,13 +71,30 @@ def coarse_score(
     kept, tail = kept - largest, (total.top - largest).add_(total.rest)
     if ids.shape[1] == student.shape[1]:  # softmax found equal tokens where there are none
         tail.fill_(FLOOR)
-    coarse = torch.cat([kept, tail], -1)
-    own = replace(term, width=None)
-    found = target.targets().to(coarse.dtype), _coarse_labels(labels, target.ids)
-    values, slope = differentiate(own, coarse, *found, wanted=wanted)
+    coarse, told = torch.cat([kept, tail], -1), target.targets().to(kept.dtype)
+    if form is not None:
+        values, slope = _by_form(form, term, coarse, told)
+    else:
+        places = _coarse_labels(labels, ids)
+        own = replace(term, width=None)
+        values, slope = differentiate(own, coarse, told, places, wanted=wanted)
     if slope is None:
         return values, None
     return values, rest.mul_(slope[:, -1:]).scatter_(-1, ids, slope[:, :-1])
+
+
+def _by_form(
+    form: Form, term: Tempered, student: Tensor, teacher: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """A divergence of coarse logits in closed form: `[n, K + 1] x2 -> [n], [n, K + 1]`."""
+    teacher, cool = term.target(student, teacher), 1.0 / term.temperature
+    if cool != 1.0:
+        student, teacher = student * cool, teacher * cool
+    x = Pair(student, teacher, Scratch(student.numel(), student.dtype, student.device), sole=True)
+    found = form(x)
+    total = found.total[:, None] if isinstance(found.total, Tensor) else found.total
+    slope = (found.a * found.factor).sub_(x.q * total).mul_(term.factor * cool)
+    return found.value * term.factor, slope
 
 
 def sampled_score(

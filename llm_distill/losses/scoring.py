@@ -7,7 +7,7 @@ autograd on its block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from llm_distill.losses.closed import Form
 from llm_distill.losses.gathered import coarse_score, differentiate, sampled_score
 from llm_distill.losses.pairs import Pair, Scratch, Total, log_total
 from llm_distill.losses.planning import Group, Member, Plan
@@ -59,6 +60,7 @@ class Job:
         wanted: Whether the gradient is.
         scratch: Work buffers.
         rows: Per block.
+        forms: Closed forms of divergences on a sparse target, by their places.
     """
 
     plan: Plan
@@ -68,15 +70,15 @@ class Job:
     wanted: bool
     scratch: Scratch
     rows: int
+    forms: Mapping[int, Form | None] = field(default_factory=dict)
 
     @cached_property
     def direct(self) -> bool:
         """Whether the gradient can grow in the place of the logits: one look at them is enough."""
         plan = self.plan
-        several = len(plan.groups) != 1 or bool(plan.free or plan.coarse)
-        return (
-            not several and len(plan.groups[0].members) <= 1 and self.student.finish.softcap is None
-        )
+        looks = len(plan.free) + len(plan.coarse)
+        looks += sum(max(1, len(group.members)) for group in plan.groups)
+        return looks == 1 and self.student.finish.softcap is None
 
 
 def score(z: Tensor, target: Target, labels: Tensor, values: Tensor, job: Job) -> None:
@@ -131,7 +133,7 @@ class _Block:
             given = (self.s, self.t if isinstance(self.target, Tensor) else None, self.labels)
             self._take(place, *differentiate(term, *given, wanted=self._trained(place)))
         for place, divergence in plan.coarse:
-            self._take(place, *self._coarse(divergence, wanted=self._trained(place)))
+            self._take(place, *self._coarse(place, divergence))
         for k, group in enumerate(plan.groups):
             self._closed(group, last=k == last)
         if self.job.wanted:
@@ -185,7 +187,7 @@ class _Block:
         """Whether a term has a gradient at all."""
         return self.job.wanted and place < len(self.job.shares)
 
-    def _coarse(self, term: Tempered, *, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    def _coarse(self, place: int, term: Tempered) -> tuple[Tensor, Tensor | None]:
         """A divergence on a sparse target."""
         student = cut(self.s, min(term.width or self.s.shape[1], self.s.shape[1]))
         if isinstance(self.target, Counts):
@@ -193,7 +195,8 @@ class _Block:
         if not isinstance(self.target, TopK):
             raise TypeError(f"{self.target} is no sparse target")
         given = (student, self.target, self.labels, self.job.scratch)
-        return coarse_score(term, *given, wanted=wanted)
+        form = self.job.forms.get(place)
+        return coarse_score(term, *given, wanted=self._trained(place), form=form)
 
     def _closed(self, group: Group, *, last: bool) -> None:
         """Terms in closed form and on the labels, on one softmax of the student."""
