@@ -65,9 +65,10 @@ def checked_rows(rows: int | None) -> int | None:
     Raises:
         InputError: For less than one.
     """
-    if rows is not None and rows < 1:
+    number = isinstance(rows, int) and not isinstance(rows, bool)
+    if rows is not None and not (number and rows >= 1):
         raise InputError(
-            f"rows_per_chunk: {rows}; write a number of rows from 1 on (256), or leave it out"
+            f"rows_per_chunk: {rows!r}; write a number of rows from 1 on (256), or leave it out"
         )
     return rows
 

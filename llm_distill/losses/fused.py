@@ -108,7 +108,8 @@ def _check(
         if highest >= student.vocabulary:
             raise ValueError(
                 f"the teacher tells of token {highest}, and the student has {student.vocabulary}; "
-                "its targets are of another vocabulary"
+                "its targets are of another vocabulary, or of its padding: cut its logits to "
+                f"[:, :{student.vocabulary}] before TopK.of or Counts.sample"
             )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llm_distill.losses.pairs import Pair, Scratch, log_total
-from llm_distill.losses.softmax import FLOOR
+from llm_distill.losses.softmax import FLOOR, log_softmax
 
 if TYPE_CHECKING:
     from llm_distill.losses.closed import Form
@@ -75,9 +75,13 @@ def coarse_score(
     if form is not None:
         values, slope = _by_form(form, term, coarse, told)
     else:
-        places = _coarse_labels(labels, ids)
-        own = replace(term, width=None)
-        values, slope = differentiate(own, coarse, told, places, wanted=wanted)
+        own, places = replace(term, width=None), _coarse_labels(labels, ids)
+
+        def normalised(s: Tensor, t: Tensor | None, where: Tensor) -> Tensor:
+            """As the teacher's: a loss of one's own may not be blind to an offset."""
+            return own(log_softmax(s), t, where)
+
+        values, slope = differentiate(normalised, coarse, told, places, wanted=wanted)
     if slope is None:
         return values, None
     return values, rest.mul_(slope[:, -1:]).scatter_(-1, ids, slope[:, :-1])

@@ -168,6 +168,8 @@ def check_objectives(objectives: Sequence[Objective]) -> None:
     Raises:
         ValueError: If it is empty, or every weight is zero for the whole run.
     """
+    if isinstance(objectives, Objective):
+        raise ValueError(f"objectives: a list is asked for; write [{type(objectives).__name__}(…)]")
     if not objectives:
         raise ValueError("objectives: the list is empty; write at least one, such as Logits()")
     for objective in objectives:
@@ -265,7 +267,7 @@ def check_row_function(
     sample = sample / sample.sum(-1, keepdim=True)
     name = describe_function(function)
     try:
-        values = function(sample, sample.clone(), **given)
+        values = function(sample.clone().requires_grad_(), sample, **given)
     except Exception as error:
         raise ValueError(
             f"{owner}: loss {name} fails on two tensors of shape {list(shape)}: {error}"
@@ -276,4 +278,9 @@ def check_row_function(
             f"{owner}: loss {name} returned {got} for {shape[0]} rows; a loss returns one value "
             "per row and leaves the "
             "reduction to the caller (reduction='none', then a mean over the last dimension)"
+        )
+    if not values.requires_grad:
+        raise ValueError(
+            f"{owner}: loss {name} has no gradient for the student, so nothing would be trained; "
+            "leave the student's tensor attached (no .detach(), argmax or .item())"
         )

@@ -80,6 +80,8 @@ class Logits(Objective):
                 f"Logits: temperature is {self.temperature}; it must be a finite number > 0, at "
                 f"least {COLDEST:g}"
             )
+        if not (self.target is None or isinstance(self.target, Taid)):
+            raise ValueError(f"Logits: target is {self.target!r}; write Taid(), or leave it out")
         check_choice("Logits: scaling", self.scaling, ("none", "T", "T2"))
         labels = {"labels": torch.tensor([0, 1])} if takes_labels(self.loss) else {}
         check_row_function(self.loss, (2, 3), "Logits", **labels)

@@ -215,3 +215,14 @@ class TestSampled:
         assert values.item() == pytest.approx(1e30)
         assert slope.isfinite().all()
         assert math.isclose(slope.sum().item(), 0.0, abs_tol=1e-6)
+
+
+def test_a_loss_of_ones_own_sees_both_sides_normalised() -> None:
+    """Equal models have equal coarse logits: a squared distance is 0 as it is on whole ones."""
+    z = torch.randn(4, 9, dtype=torch.float64)
+    term = Tempered(lambda s, t: (s - t).square().mean(-1))
+    given = z.clone(), TopK.of(z, 3), torch.zeros(4, dtype=torch.long), scratch()
+    values, slope = coarse_score(term, *given, wanted=True)
+    assert values.abs().max() < 1e-20
+    assert slope is not None
+    assert slope.abs().max() < 1e-10

@@ -197,3 +197,38 @@ def test_terms_are_made_for_every_tiny_model() -> None:
     spec = ModelSpec.of(tiny.llama("student").config, "s")
     for objective in (CrossEntropy(), Logits(), HiddenStates(), AttentionMaps(), Agreement()):
         assert isinstance(objective.build(spec, spec), Term)
+
+
+def test_a_loss_without_a_gradient_trains_nothing() -> None:
+    def detached(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return (s.detach() - t).square().mean(-1)
+
+    with pytest.raises(ValueError, match="detached has no gradient for the student"):
+        check_row_function(detached, (2, 3), "ours")
+
+
+def test_a_loss_that_writes_into_the_logits_is_refused() -> None:
+    def writing(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        s -= t
+        return s.square().mean(-1)
+
+    with pytest.raises(ValueError, match="writing fails on two tensors"):
+        check_row_function(writing, (2, 3), "ours")
+
+
+def test_a_loss_with_parameters_is_refused() -> None:
+    class Weighted(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.scale * (s - t).square().mean(-1)
+
+    with pytest.raises(ValueError, match="Weighted has parameters, which nobody would train"):
+        check_row_function(Weighted(), (2, 3), "ours")
+
+
+def test_one_objective_is_no_list() -> None:
+    with pytest.raises(ValueError, match=r"a list is asked for; write \[Logits"):
+        check_objectives(Logits())  # type: ignore[arg-type]  # what is refused

@@ -167,3 +167,9 @@ class TestWords:
     def test_row_wise(self) -> None:
         s, t = draw(4, 7, 0), draw(4, 7, 1)
         assert torch.equal(row_wise(Callable()).values(s, t, LABELS), Callable()(s, t))
+
+
+@pytest.mark.parametrize("target", [0.4, "Taid"])
+def test_a_target_of_another_kind_is_refused(target: Any) -> None:
+    with pytest.raises(ValueError, match=r"Logits: target is .*; write Taid\(\)"):
+        Logits(target=target)
