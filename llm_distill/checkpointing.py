@@ -93,7 +93,7 @@ class StudentTrainer(Trainer):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ANN401
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ANN401  as Trainer
         """As in Trainer."""
         self._in_checkpoint = True
         try:

@@ -11,10 +11,17 @@ import torch.distributed as dist
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from transformers import PreTrainedModel
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PreTrainedModel,
+)
 
 from llm_distill.capture import Reader, head_of, plain, predicts_next, refuse_layers
 from llm_distill.collation import RowCollator
+from llm_distill.losses.divergences import forward_kl
 from llm_distill.losses.fused import head_pass
 from llm_distill.losses.rowwise import Nll, Tempered
 from llm_distill.objectives import QueryPlan
@@ -343,3 +350,46 @@ def test_prompts_in_front_of_the_sequence_are_refused(kind: Any) -> None:
     message = "the model has an adapter of the kind P[a-zA-Z]+, prompts in front of the sequence"
     with pytest.raises(ValueError, match=message):
         Reader(adapted, Request(logits=True), "the model")
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "scale"),
+    [
+        (GraniteForCausalLM, GraniteConfig(**SIZES, logits_scaling=4.0), 0.25),
+        (CohereForCausalLM, CohereConfig(**SIZES, logit_scale=0.125), 0.125),
+    ],
+)
+def test_heads_with_a_scale(kind: Any, config: Any, scale: float) -> None:
+    """What the pass over the head finds is what autograd finds through the model's own logits."""
+    model = tiny.sharpened(kind, config)
+    ids = torch.arange(24).view(2, 12) % 96
+    collated = RowCollator(
+        lambda _: {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids},
+        shift=True,
+        valid=False,
+    )([])
+    batch = make_batch(collated, None, seed=0, epoch=0)
+    own = Reader(model, Request(logits=True), "ours").read(batch).whole
+    assert isinstance(own, Factored)
+    assert own.head.scale == scale
+    rows, target = batch.supervised, torch.randn(22, 96)
+    logits = model(**batch.inputs).logits.flatten(0, 1).index_select(0, rows.index)
+    forward_kl(logits, target).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    loss, _ = head_pass(own.projection(), target, rows.labels, [Tempered()], torch.ones(1))
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)

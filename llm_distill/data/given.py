@@ -32,7 +32,7 @@ def tokenised(
     name: str,
     *,
     keep_tokens: bool = False,
-) -> Any:  # noqa: ANN401
+) -> Any:  # noqa: ANN401  what it was given
     """`input_ids` and `labels` of a `datasets` object; anything else as it is.
 
     Args:

@@ -26,7 +26,6 @@ from llm_distill.losses.pairs import Pair
 TINY = 1e-37
 """Probabilities below count as this: their logarithms would be -inf, or take ten times as long."""
 
-
 LEAST = 0.05
 """Exponents and shares nearer to their limits than this are left to autograd."""
 
@@ -44,19 +43,19 @@ Form = Callable[[Pair], Slope]
 
 
 def forward_kl(x: Pair) -> Slope:
-    """A = -p."""
+    """With a = -p."""
     return Slope(vecdot(x.p, x.gap), x.p, -1.0, -1.0)
 
 
 def reverse_kl(x: Pair) -> Slope:
-    """A = q (log q - log p)."""
+    """With a = q (log q - log p)."""
     a = torch.mul(x.q, x.gap, out=x.buffer("a"))
     value = -a.sum(-1)
     return Slope(value, a, -1.0, value)
 
 
 def jsd(x: Pair, *, beta: float = 0.5, normalize_ends: bool = False) -> Slope:
-    """A = (1 - beta) q log(q / m) with m = beta p + (1 - beta) q."""
+    """With a = (1 - beta) q log(q / m) with m = beta p + (1 - beta) q."""
     if normalize_ends and beta in (0.0, 1.0):
         return reverse_kl(x) if beta else forward_kl(x)
     unit = 1.0 / (beta * (1.0 - beta)) if normalize_ends else 1.0
@@ -68,7 +67,7 @@ def jsd(x: Pair, *, beta: float = 0.5, normalize_ends: bool = False) -> Slope:
 
 
 def skew_forward_kl(x: Pair, *, alpha: float = 0.1) -> Slope:
-    """A = -(1 - alpha) p q / m with m = alpha p + (1 - alpha) q."""
+    """With a = -(1 - alpha) p q / m with m = alpha p + (1 - alpha) q."""
     m = torch.lerp(x.q, x.p, alpha, out=x.buffer("m")).clamp_min_(TINY)
     value = vecdot(x.p, x.log_p_over(torch.log(m, out=x.buffer("log m"))))
     a = torch.div(x.q, m, out=m).mul_(x.p)
@@ -76,7 +75,7 @@ def skew_forward_kl(x: Pair, *, alpha: float = 0.1) -> Slope:
 
 
 def skew_reverse_kl(x: Pair, *, alpha: float = 0.1) -> Slope:
-    """A = q (log(q / m) - alpha q / m) with m = (1 - alpha) p + alpha q."""
+    """With a = q (log(q / m) - alpha q / m) with m = (1 - alpha) p + alpha q."""
     m = torch.lerp(x.p, x.q, alpha, out=x.buffer("m")).clamp_min_(TINY)
     a = x.log_q_over(torch.log(m, out=x.buffer("log m")))
     value = vecdot(x.q, a)
@@ -85,7 +84,7 @@ def skew_reverse_kl(x: Pair, *, alpha: float = 0.1) -> Slope:
 
 
 def tvd(x: Pair) -> Slope:
-    """A = q sign(q - p) / 2."""
+    """With a = q sign(q - p) / 2."""
     a = torch.sub(x.q, x.p, out=x.buffer("a"))
     value = torch.linalg.vector_norm(a, 1, -1).mul_(0.5)
     a.sign_().mul_(x.q)
@@ -93,7 +92,7 @@ def tvd(x: Pair) -> Slope:
 
 
 def todi(x: Pair) -> Slope:
-    """A = -s p + (1 - s) q (1 - log p / q) with s = sigmoid(log p / q), held constant."""
+    """With a = -s p + (1 - s) q (1 - log p / q) with s = sigmoid(log p / q), held constant."""
     s = torch.sigmoid(x.gap, out=x.buffer("m"))
     toward_q = torch.sub(x.q, torch.mul(s, x.q, out=x.buffer("a")), out=x.buffer("a"))
     toward_p = s.mul_(x.p)
@@ -105,7 +104,7 @@ def todi(x: Pair) -> Slope:
 
 
 def adaptive_kl(x: Pair, *, mu: float = 0.5) -> Slope:
-    """A = -w p - (1 - w) q log(p / q), w held constant."""
+    """With a = -w p - (1 - w) q log(p / q), w held constant."""
     w = reweighted.adaptive_weight(x.q, x.p, mu)
     a = torch.mul(x.q, x.gap, out=x.buffer("a"))
     reverse = -a.sum(-1)
@@ -115,7 +114,7 @@ def adaptive_kl(x: Pair, *, mu: float = 0.5) -> Slope:
 
 
 def alpha_beta(x: Pair, *, alpha: float = 0.2, beta: float = 0.7) -> Slope:
-    """A = q^beta (q^alpha - p^alpha) / alpha, for positive alpha and beta."""
+    """With a = q^beta (q^alpha - p^alpha) / alpha, for positive alpha and beta."""
     total = alpha + beta
     p_alpha = _power(x.log_p, alpha, x.buffer("m"))
     p_total = vecdot(p_alpha, _power(x.log_p, beta, x.buffer("a")))

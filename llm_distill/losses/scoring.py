@@ -85,8 +85,8 @@ def score(z: Tensor, target: Target, labels: Tensor, values: Tensor, job: Job) -
     """Values of a chunk, and its gradient in the place of its logits.
 
     Args:
-        z: `[n, V]`, the student's product; overwritten, where a gradient is wanted by that of the
-            weighted sum of the values. Rows at fault (`faulty`) get 0.
+        z: `[n, V]`, the student's product; overwritten, by the gradient of the weighted sum of the
+            values where one is wanted. Rows at fault (`faulty`) get 0.
         target: What the teacher says of these rows.
         labels: `[n]`.
         values: `[K, n]`; is filled.

@@ -44,7 +44,7 @@ class Taid:
     Raises:
         ValueError: For numbers outside these ranges.
 
-    Source: Shing et al. 2025 (TAID), arXiv 2501.16937, algorithm 1.
+    Source: Shing et al. 2025 (TAID), arXiv 2501.16937; the update as its authors' code has it.
     """
 
     start: float = 0.4

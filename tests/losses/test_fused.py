@@ -260,7 +260,7 @@ def test_every_divergence_in_less_than_double(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "skew_reverse_kl"])
 def test_half_precision_is_exact_for_its_logits(name: str, dtype: torch.dtype) -> None:
-    """Against an fp32 softmax of the same rounded logits: within 1e-3."""
+    """Against an fp32 softmax of these logits, its slope rounded as the products take it."""
     given = case(rows=64, width=64, vocabulary=997, bias=False, wider=0).to(dtype)
     assert isinstance(given.teacher, Projection)
     z, t = (F.linear(m.features, m.weight).double() for m in (given.student, given.teacher))
@@ -535,8 +535,6 @@ def test_tokens_both_forbid_do_not_exist(loss: Callable[..., Tensor]) -> None:
     given = Given(given.student, replace(given.teacher, bias=barred), kept.labels)
     terms: list[RowTerm] = [Tempered(loss, V, 2.0), Nll()]
     found, expected = fused(given, terms, [0.7, 0.4]), dense(kept, terms, [0.7, 0.4])
-    if getattr(loss, "keywords", {}).get("beta") == -0.5 or loss == LOSSES["alpha_beta 0 0"]:
-        return  # these see tokens without mass
     torch.testing.assert_close(found[:2], expected[:2], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(found[2][0], expected[2][0], rtol=1e-10, atol=1e-10)
 
@@ -564,7 +562,9 @@ def test_at_identity_values_and_gradients_vanish(loss: Callable[..., Tensor]) ->
     z = 4 * torch.randn(50, 300)
     given = Given(Projection(torch.eye(50), z.T.clone()), z, torch.randint(300, (50,)))
     _, values, gradients = fused(given, [Tempered(loss)], [1.0], chunk=50)
-    assert values.abs().max() < 1e-5
+    # Divided by beta (1 - beta).
+    most = 1e-5 if getattr(loss, "keywords", {}).get("normalize_ends") else 2e-6
+    assert values.abs().max() < most
     assert gradients[1] is not None
     assert gradients[1].abs().max() < 1e-6
 
@@ -708,7 +708,6 @@ def test_tiny_shares_do_not_underflow_in_fp16() -> None:
     expected = dense(given, MIXED, shares)
     for one, other in zip(found[2], expected[2], strict=True):
         assert other is not None
-        assert relative_error(one, other * 1e9 / 1e9) < 3e-3 if other.norm() > 1e-6 else True
         assert one is not None
         assert relative_error(one * 1e9, other * 1e9) < 3e-3
 

@@ -47,7 +47,7 @@ every_loss = pytest.mark.parametrize("name", LOSSES)
 
 @every_loss
 @pytest.mark.parametrize(
-    ("dtype", "most"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 8e-3)]
+    ("dtype", "most"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)]
 )
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_every_divergence(
@@ -58,11 +58,12 @@ def test_every_divergence(
     term = Tempered(LOSSES[name], V - 2, temperature, factor=temperature**2)
     terms: list[RowTerm] = [term, Nll()]
     found = dense_pass.fused(given, terms, [0.7, 0.4])
-    expected = dense_pass.dense(given, terms, [0.7, 0.4])
     assert len(launches) == (0 if name in OPEN else 3)
-    # Rounded logits flip signs where p is about q, and tokens into and out of the teacher's head.
-    jumps = LOSSES[name] is tvd or name.startswith("adaptive")
-    most *= 4 if jumps and dtype != torch.float32 else 1
+    if name in OPEN:
+        return  # the other path, whose numbers test_fused looks at
+    expected = dense_pass.dense(given, terms, [0.7, 0.4])
+    # Rounded logits flip signs where p is about q.
+    most *= 4 if LOSSES[name] is tvd and dtype != torch.float32 else 1
     assert dense_pass.relative_error(found[1], expected[1]) < most
     for one, other in zip(found[2], expected[2], strict=True):
         assert dense_pass.relative_error(one, other) < most
