@@ -10,8 +10,9 @@ from llm_distill.objectives.base import (
     check_objectives,
     named,
 )
-from llm_distill.objectives.features import AttentionMaps, HiddenStates
+from llm_distill.objectives.hidden import HiddenStates
 from llm_distill.objectives.logits import CrossEntropy, Logits, row_wise
+from llm_distill.objectives.maps import AttentionMaps
 from llm_distill.objectives.moving import Taid
 
 __all__ = [

@@ -15,7 +15,7 @@ from llm_distill import AttentionMaps, map_kl, map_mse
 from llm_distill import heads as head_rules
 from llm_distill import layers as layer_maps
 from llm_distill.objectives import QueryPlan, features
-from llm_distill.objectives.features import AttentionMapsTerm
+from llm_distill.objectives.maps import AttentionMapsTerm
 from llm_distill.signals import Heads, ModelSpec, Request
 from tests import tiny
 from tests.objectives.compare import (

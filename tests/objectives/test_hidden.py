@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from llm_distill import HiddenStates, cosine, mse, projectors
 from llm_distill import layers as layer_maps
-from llm_distill.objectives.features import HiddenStatesTerm
+from llm_distill.objectives.hidden import HiddenStatesTerm
 from llm_distill.rows import RowKind
 from llm_distill.signals import Request
 from tests.objectives.compare import EXPLICIT, batch, evidence, specs, states, value
