@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from llm_distill import AttentionMaps, map_kl, map_mse
 from llm_distill import heads as head_rules
 from llm_distill import layers as layer_maps
-from llm_distill.objectives import QueryPlan, features
+from llm_distill.objectives import QueryPlan, maps
 from llm_distill.objectives.maps import AttentionMapsTerm
 from llm_distill.signals import Heads, ModelSpec, Request
 from tests import tiny
@@ -72,7 +72,7 @@ class TestAttentionMaps:
         assert given.queries.position.shape[1] > 6
         results = []
         for chunk in (128, 6, 1):
-            monkeypatch.setattr(features, "QUERY_CHUNK", chunk)
+            monkeypatch.setattr(maps, "QUERY_CHUNK", chunk)
             student.zero_grad()
             got = value(term, student, teacher, given)
             got.backward()
@@ -91,7 +91,7 @@ class TestAttentionMaps:
         teacher: PreTrainedModel,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(features, "QUERY_CHUNK", 4)
+        monkeypatch.setattr(maps, "QUERY_CHUNK", 4)
         widths = []
 
         def record(s: Tensor, t: Tensor) -> Tensor:
