@@ -2,9 +2,10 @@
 
 A model's own attention function is wrapped under a name of its own in transformers' attention
 interface: the output is untouched, and blocks marked with a `Tap` also hand over the query rows
-    that were asked for, the keys, and the mask, all
-after rotary embedding. The mark stays on the module (a context flag would make a checkpointed block
-save another number of tensors when it is recomputed), and the same operations run in both passes.
+that were asked for, the keys, and the mask, all after rotary embedding; for relations the whole
+queries and the values as well. The mark stays on the module (a context flag would make a
+checkpointed block save another number of tensors when it is recomputed), and the same operations
+run in both passes.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llm_distill.rows import Queries
-from llm_distill.signals import Heads
+from llm_distill.attention import Heads
+from llm_distill.queries import Queries
 
 PREFIX = "llm_distill_"
 MARK = "llm_distill_tap"
@@ -37,21 +38,23 @@ class Tap:
         queries: Positions of the current batch; None: the module works as if unmarked.
         caught: What the last forward handed over.
         open: Whether a forward is running; a recomputation computes the same and keeps nothing.
+        whole: Whether whole queries and values are kept as well.
     """
 
     queries: Queries | None = None
     caught: Heads | None = None
     open: bool = False
+    whole: bool = False
 
     def take(
         self,
         module: nn.Module,
-        query: Tensor,
-        key: Tensor,
+        vectors: tuple[Tensor, Tensor, Tensor],
         mask: Tensor | None,
         options: dict[str, Any],
     ) -> None:
         """Keep the asked query rows `[B, H, R, d]`, the keys, and their part of the mask."""
+        query, key, value = vectors
         if self.queries is None:
             return
         place = self.queries.position[:, None, :, None]
@@ -63,6 +66,8 @@ class Tap:
             mask=_mask_rows(module, mask, self.queries.position, key.shape[2], options),
             scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
             softcap=options.get("softcap"),
+            value=value if self.whole else None,
+            whole_query=query if self.whole else None,
         )
         if self.open:
             self.caught = heads
@@ -142,7 +147,7 @@ def _wrapped(base: str) -> Attention:
             observe(module)
         tap = module.__dict__.get(MARK)
         if tap is not None:
-            tap.take(module, query, key, attention_mask, options)
+            tap.take(module, (query, key, value), attention_mask, options)
         return _own(base, module)(module, query, key, value, attention_mask, **options)
 
     return attend
@@ -170,10 +175,11 @@ def _mask_rows(
     causal = getattr(module, "is_causal", True) if causal is None else causal
     visible = None if mask is None else mask[:, None, None, :keys].bool()
     if causal:
-        distance = position[:, None, :, None] - torch.arange(keys, device=position.device)
-        past = distance >= 0
+        # Compared, never subtracted: a difference would be 8 bytes for each query and key.
+        query, key = position[:, None, :, None], torch.arange(keys, device=position.device)
+        past = key <= query
         window = options.get("sliding_window")
         if window is not None:
-            past = past & (distance < window)
+            past = past & (key > query - window)
         visible = past if visible is None else past & visible
     return visible

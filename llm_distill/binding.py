@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llm_distill import schedules
+from llm_distill import mapping, schedules
 from llm_distill.errors import InputError
 from llm_distill.objectives import Evidence, Objective, QueryPlan, Term, check_objectives, named
-from llm_distill.rows import Batch, sample_queries
+from llm_distill.queries import sample_queries
+from llm_distill.rows import Batch, Draw
 from llm_distill.signals import ModelSpec, Request
 
 if TYPE_CHECKING:
@@ -43,6 +44,21 @@ def bind(
         raise InputError(str(error)) from error
     query_plan(terms)
     return terms
+
+
+def ready(
+    objectives: Sequence[Objective], student: ModelSpec, teacher: ModelSpec
+) -> tuple[Objective, ...]:
+    """The objectives with what follows from the two configs: maps, and hints that fade.
+
+    Raises:
+        InputError: If they are no objectives, or a map does not fit the two models.
+    """
+    try:
+        check_objectives(objectives)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return mapping.fading(mapping.known(objectives, student, teacher), student)
 
 
 def check_optimizers(terms: Mapping[str, Term], optimizers: tuple[Any, Any]) -> None:
@@ -112,7 +128,7 @@ def make_batch(
     """What `RowCollator` made, as models and terms see it.
 
     Args:
-        collated: Model inputs with `rows`, `valid` and `keys` beside them.
+        collated: Model inputs with `rows`, `valid`, `keys` and perhaps `theirs` beside them.
         plan: Which query rows to sample; None for none.
         seed: Of the run.
         epoch: Of the queries.
@@ -132,9 +148,12 @@ def make_batch(
     inputs = {
         k: v
         for k, v in collated.items()
-        if k not in ("rows", "valid", "keys", "labels", "num_items_in_batch")
+        if k not in ("rows", "valid", "keys", "theirs", "labels", "num_items_in_batch")
     }
-    batch = Batch(inputs, rows, valid, queries)
+    theirs = None
+    if "theirs" in collated:
+        theirs = make_batch(collated["theirs"], None, seed=seed, epoch=epoch, keep=keep)
+    batch = Batch(inputs, rows, valid, queries, Draw(seed, epoch, tuple(keys)), theirs)
     return batch.to(rows.index.device)
 
 

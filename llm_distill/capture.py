@@ -21,7 +21,6 @@ from llm_distill.signals import (
     Dense,
     Factored,
     Head,
-    Heads,
     ModelSpec,
     Request,
     Signals,
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from llm_distill.attention import Heads
     from llm_distill.rows import Batch
 
 PROBE_TOKENS = 8
@@ -102,8 +102,9 @@ class Reader:
         self, inputs: Mapping[str, Tensor], batch: Batch | None, request: Request
     ) -> tuple[Any, Tensor]:
         """Outputs of the backbone and its last hidden state."""
-        for tap in self._taps.values():
+        for layer, tap in self._taps.items():
             tap.queries, tap.caught, tap.open = None if batch is None else batch.queries, None, True
+            tap.whole = layer in request.relations
         options: dict[str, Any] = (
             {"output_hidden_states": sorted(request.hidden)} if request.hidden else {}
         )
@@ -255,9 +256,10 @@ def refuse_layers(request: Request, spec: ModelSpec) -> None:
         if not 0 <= layer <= spec.depth:
             raise ValueError(f"{spec.name}: hidden state {layer} is out of range 0..{spec.depth}")
     if request.heads and not (spec.heads and spec.attends):
+        asker = "Relations" if request.relations else "AttentionMaps"
         raise ValueError(
-            f"{spec.name} ({spec.kind}) has no attention that can be read, and AttentionMaps asks "
-            f"for blocks {sorted(request.heads)}; use Logits and HiddenStates with it"
+            f"{spec.name} ({spec.kind}) has no attention that can be read, and "
+            f"{asker} asks for blocks {sorted(request.heads)}; use Logits and HiddenStates with it"
         )
     for layer in sorted(request.heads):
         if not 1 <= layer <= spec.depth:

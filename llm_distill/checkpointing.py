@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+OTHER = "not the teacher's; nothing compared the two models token by token"
+"""What the card says of a student's tokenizer that is not the teacher's."""
+
 
 class StudentTrainer(Trainer):
     """A Trainer whose model is a `Distiller`: what it saves, loads and pushes is the student.
@@ -140,6 +143,7 @@ class StudentTrainer(Trainer):
             objectives=publishing.objective_facts(run.objectives),
             layer_map=publishing.layer_maps(run.terms),
             evaluation_data=self.evaluation_data or publishing.data_facts(self.eval_dataset),
+            tokenizer=None if run.tokenizers.theirs is None else OTHER,
             task="text-generation" if run.shift else "fill-mask",
             **publishing.run_facts(
                 self.args,

@@ -17,19 +17,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RowCollator:
-    """Any collator, plus `rows`, `valid` and `keys` beside what it makes.
+    """Any collator, plus `rows`, `valid`, `keys` and perhaps `theirs` beside what it makes.
 
     Attributes:
         collator: Makes `input_ids`, `labels` and usually `attention_mask`.
         shift: Whether the models are causal.
         valid: Whether any term asks for all real tokens.
         positions: Tokens a sequence may have: the fewer of both models'; None: not known.
+        theirs: Makes the teacher's own batch of the real tokens of each sequence, where its
+            tokenizer is another.
     """
 
     collator: Callable[[list[Any]], Mapping[str, Any]]
     shift: bool
     valid: bool
     positions: int | None = None
+    theirs: RowCollator | None = None
 
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
         """Collate examples.
@@ -51,6 +54,8 @@ class RowCollator:
         batch["keys"] = example_keys(ids, mask)
         if self.shift and mask is not None and "position_ids" not in batch and _padded_left(mask):
             batch["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
+        if self.theirs is not None:
+            batch["theirs"] = self.theirs(_real(ids, mask))
         return batch
 
     def _check_length(self, length: int) -> None:
@@ -91,6 +96,13 @@ def first_batch(
         f"0 supervised tokens in the first {looked:,} examples of train_dataset: every label is "
         "-100; leave `labels` out to supervise all tokens, or give a data_collator that sets them"
     )
+
+
+def _real(ids: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """The real tokens of each sequence."""
+    if mask is None:
+        return list(ids)
+    return [sequence[keep != 0] for sequence, keep in zip(ids, mask, strict=True)]
 
 
 def _padded_left(mask: Tensor) -> bool:

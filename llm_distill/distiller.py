@@ -11,9 +11,13 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from llm_distill.balance import Balance
 from llm_distill.capture import Reader, plain
+from llm_distill.errors import InputError
 from llm_distill.faults import find
+from llm_distill.forcing import Forcing
 from llm_distill.losses.fused import Teacher, head_pass, rows_per_chunk, working_dtype
+from llm_distill.losses.projection import Projection
 from llm_distill.losses.scoring import INFINITE
 from llm_distill.measures import measures
 from llm_distill.objectives import HeadTerm, Term
@@ -24,7 +28,6 @@ if TYPE_CHECKING:
 
     from transformers import GenerationConfig, PreTrainedConfig
 
-    from llm_distill.losses.projection import Projection
     from llm_distill.rows import Batch, Step
 
 LOGITS = Request(logits=True)
@@ -47,6 +50,45 @@ class Outcome(NamedTuple):
     logits: Tensor | None
 
 
+class Slopes(NamedTuple):
+    """What one micro-batch gave that is only measured, at a layer of the student.
+
+    Attributes:
+        values: Sum of each term, `[]`, with a graph of its own that has one backward.
+        hidden: `[B, T, D]`, the hidden state whose gradients are wanted.
+    """
+
+    values: tuple[Tensor, ...]
+    hidden: Tensor
+
+    def squares(self, names: Sequence[str]) -> list[Tensor]:
+        """Squared norm of the gradient of each sum, `[]`.
+
+        It is taken outside of the forward, where sharded parameters come back for every backward.
+
+        Args:
+            names: Of the terms.
+
+        Raises:
+            InputError: If there is no gradient, of one term or of all.
+        """
+        found = []
+        for name, value in zip(names, self.values, strict=True):
+            slope = None
+            if self.hidden.requires_grad:
+                (slope,) = torch.autograd.grad(
+                    value, self.hidden, retain_graph=True, allow_unused=True
+                )
+            if slope is None:
+                raise InputError(
+                    f"balance: {name} has no gradient at the layer of the student where it is "
+                    "measured: it reads below it, or nothing below it is trained; write another "
+                    "layer, or balance: normalised"
+                )
+            found.append(slope.float().square().sum())
+        return found
+
+
 class Distiller(nn.Module):
     """A student and the terms it is trained with.
 
@@ -55,6 +97,8 @@ class Distiller(nn.Module):
         terms: Bound objectives under their names in the log.
         name: Of the student, for messages.
         rows_per_chunk: Rows whose logits exist at a time; None: as memory allows.
+        balance: Between the terms; None for weights that stay. It is here so that its state moves
+            and is saved with the rest.
     """
 
     main_input_name = "input_ids"
@@ -66,16 +110,25 @@ class Distiller(nn.Module):
         name: str,
         *,
         rows_per_chunk: int | None = None,
+        balance: Balance | None = None,
     ) -> None:
         super().__init__()
         self.rows_per_chunk = rows_per_chunk
         self.student = student
+        self.balance = balance or Balance()
         self.names = tuple(terms)
         self.terms = nn.ModuleList(terms.values())
         self.request = Request()
         for term in terms.values():
             self.request = self.request | term.student
         self._reader = Reader(student, self.request, f"student {name}")
+        starts = [name for name, term in terms.items() if term.alone(0.0)]
+        if len(starts) > 1:
+            raise InputError(
+                f"{starts[0]} and {starts[1]} both let blocks learn alone; a block starts from one "
+                "state: write blockwise in one of them"
+            )
+        self.forcing = Forcing(student) if starts else None
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -116,12 +169,13 @@ class Distiller(nn.Module):
 
         Raises:
             ValueError: For reentrant checkpointing together with attention maps, which would have
-                no gradient.
+                no gradient, or with a balance that takes gradients at a layer.
         """
         options = kwargs.get("activation_checkpointing_kwargs") or {}
-        if options.get("use_reentrant") and self.request.heads:
+        what = {"AttentionMaps": self.request.heads, "balance": self.balance.layer is not None}
+        for name in (name for name, hurt in what.items() if hurt and options.get("use_reentrant")):
             raise ValueError(
-                "AttentionMaps has no gradient under reentrant gradient checkpointing; write "
+                f"{name} has no gradient under reentrant gradient checkpointing; write "
                 "activation_checkpointing_kwargs: {use_reentrant: false}"
             )
         cast("Any", self.student).activation_checkpointing_enable(**kwargs)
@@ -129,9 +183,15 @@ class Distiller(nn.Module):
     def release(self) -> None:
         """Forget the last batch, once its backward is done."""
         self._reader.release()
+        if self.forcing is not None:
+            self.forcing.release()
 
-    def forward(self, batch: Batch, teacher: Signals, step: Step) -> Outcome:
+    def forward(self, batch: Batch, teacher: Signals, step: Step) -> Outcome | Slopes:
         """One micro-batch."""
+        if step.layer is not None:
+            return self._slopes(step.layer, teacher, batch, step)
+        if step.alone:
+            return self._alone(teacher, batch, step)
         signals = self._reader.read(batch, extra=LOGITS if step.measure else None)
         shares = step.shares
         loss = torch.zeros((), device=shares.device)
@@ -153,13 +213,25 @@ class Distiller(nn.Module):
         logits = self._reader.full_logits(batch) if step.logits else None
         return Outcome(loss, kept, faults, logits)
 
+    def _alone(self, teacher: Signals, batch: Batch, step: Step) -> Outcome:
+        """Blocks that start from states of the teacher, and the term that lets them."""
+        terms = cast("Sequence[Term]", self.terms)
+        k, term = next((k, t) for k, t in enumerate(terms) if t.alone(step.progress))
+        cast("Forcing", self.forcing).give(term.starts(teacher))
+        value = term(self._reader.read(batch), teacher, batch, step)
+        sums = step.shares.new_zeros(len(self.terms))
+        sums[k] = value.detach()
+        faults = find(step.shares.new_zeros(0, 0), batch.supervised, batch.inputs["input_ids"])
+        return Outcome(step.shares[k] * value, sums, faults, None)
+
     def _head(
         self, chosen: Sequence[int], student: Signals, teacher: Signals, batch: Batch, step: Step
     ) -> tuple[Tensor, Tensor]:
         """All row-wise terms on logits, and the measures, in one pass."""
         own = cast("Factored", student.logits).projection()
         terms = [cast("HeadTerm", self.terms[k]) for k in chosen]
-        asks_teacher = step.measure or any(term.teacher.logits for term in terms)
+        compared = teacher.distribution if step.measure else None
+        asks_teacher = compared is not None or any(term.teacher.logits for term in terms)
         # One by one: a list as index waits for the GPU.
         shares = [step.shares[k] for k in chosen]
         return head_pass(
@@ -168,9 +240,30 @@ class Distiller(nn.Module):
             batch.supervised.labels,
             [term.row for term in terms],
             torch.stack(shares) if shares else step.shares.new_zeros(0),
-            measures=measures(teacher.logits, own.vocabulary) if step.measure else (),
+            measures=measures(compared, own.vocabulary) if step.measure else (),
             chunk=self._chunk(own),
         )
+
+    def _slopes(self, layer: int, teacher: Signals, batch: Batch, step: Step) -> Slopes:
+        """Each term apart from the others, and a hidden state of the student."""
+        student = self._reader.read(batch, extra=Request(hidden=frozenset({layer})))
+        values: list[Tensor] = []
+        for term in self.terms:
+            if isinstance(term, HeadTerm):
+                own = cast("Factored", student.logits).projection()
+                bias = None if own.bias is None else own.bias.detach()
+                value, _ = head_pass(
+                    Projection(own.features, own.weight.detach(), bias, own.finish),
+                    _target(teacher.logits) if term.teacher.logits else None,
+                    batch.supervised.labels,
+                    [term.row],
+                    step.shares.new_ones(1),
+                    chunk=self._chunk(own),
+                )
+            else:
+                value = term(student, teacher, batch, step)
+            values.append(value)
+        return Slopes(tuple(values), student.states[layer])
 
     def _chunk(self, student: Projection) -> int:
         """Rows per matrix product, decided once from the memory that is free then."""

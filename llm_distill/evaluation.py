@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.trainer_utils import SaveStrategy
 
+from llm_distill.errors import InputError
 from llm_distill.objectives import MEASURES
 
 if TYPE_CHECKING:
@@ -28,6 +29,13 @@ UNTOLD = ("teacher_nll", "agreement")
 
 LOWER_IS_BETTER = re.compile(r"loss/|(kl|perplexity)$")
 """Figures of an evaluation that transformers would maximise, as all that do not end in `loss`."""
+
+
+COMPARED = re.compile(r"(^|_)(kl|agreement|teacher_perplexity)$")
+"""Figures of an evaluation for which both models predict the same tokens."""
+
+OWN = ("student_nll", "entropy")
+"""Of `MEASURES`, those of the student alone."""
 
 
 class Tally:
@@ -102,14 +110,29 @@ def evaluation_metrics(
     return metrics
 
 
-def settle_best_metric(args: TrainingArguments, evaluation: object) -> None:
-    """KL to the teacher, of the first dataset where there are several, unless one was named."""
+def settle_best_metric(args: TrainingArguments, evaluation: object, *, compared: bool) -> None:
+    """KL to the teacher, of the first dataset where there are several, unless one was named.
+
+    Args:
+        args: Changed in place.
+        evaluation: One dataset, or several under names.
+        compared: Whether an evaluation compares the two models' tokens; without, it is the loss.
+
+    Raises:
+        InputError: For a figure that was named and that there is not.
+    """
     metric = args.metric_for_best_model
     if metric == "loss" or (metric is None and args.save_strategy == SaveStrategy.BEST):
         # What transformers fills in where nothing was said; `eval_loss` says it explicitly.
         first = next(iter(evaluation), None) if isinstance(evaluation, Mapping) else None
-        args.metric_for_best_model = "eval_kl" if first is None else f"eval_{first}_kl"
+        figure = "kl" if compared else "loss"
+        args.metric_for_best_model = f"eval_{figure}" if first is None else f"eval_{first}_{figure}"
         args.greater_is_better = False
+    elif metric is not None and not compared and COMPARED.search(metric):
+        raise InputError(
+            f"metric_for_best_model is {metric!r}, and nothing compares the tokens of two models "
+            "with different tokenizers; write eval_loss, or eval_perplexity for the student's"
+        )
     elif metric is not None and LOWER_IS_BETTER.search(metric):
         args.greater_is_better = False
 
@@ -133,6 +156,7 @@ def own_sequences(accelerator: Accelerator, sequences: int) -> int | None:
 __all__ = [
     "FIGURES",
     "MEASURES",
+    "OWN",
     "Tally",
     "evaluation_metrics",
     "known",

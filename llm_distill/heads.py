@@ -104,5 +104,7 @@ def check_match(student_heads: int, teacher_heads: int) -> None:
 
 def _grouped(maps: Tensor, heads: int) -> Tensor:
     """Neighbouring heads averaged into `heads` groups: `[N, H, T] -> [N, heads, T]`."""
+    if maps.shape[1] == heads:
+        return maps
     grouped: Tensor = maps.unflatten(1, (heads, -1))
     return grouped.mean(2)

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from llm_distill.balance import Balance
 from llm_distill.evaluation import FIGURES, Tally, known
 from llm_distill.faults import Faults
 from llm_distill.objectives import MEASURES, HeadTerm
-from llm_distill.objectives.moving import MovingTerm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,21 +46,42 @@ class Ledger:
     Args:
         terms: Under their names in the log.
         ranks: Of the run.
+        balance: Between the terms; None for weights that stay.
     """
 
-    def __init__(self, terms: Mapping[str, Term], ranks: Ranks) -> None:
+    def __init__(
+        self, terms: Mapping[str, Term], ranks: Ranks, balance: Balance | None = None
+    ) -> None:
         self._terms, self._ranks = terms, ranks
+        self._balance = balance or Balance()
         self._tally = Tally((*terms, *MEASURES), ranks.device)
         rowwise = [name for name, term in terms.items() if isinstance(term, HeadTerm)]
         self._faults = Faults(rowwise, ranks.device)
-        self._adapts = any(term.adapts for term in terms.values())
+        heard = any(term.adapts or term.observes for term in terms.values())
+        self._adapts = heard or self._balance.hears
         self._step = torch.zeros(len(terms), device=ranks.device)
+        self._skipped = [0] * len(terms)
+        for term in terms.values():
+            if term.observes:
+                term.observed = torch.zeros(term.observes, device=ranks.device)
 
     def reset(self) -> None:
         """Start over."""
         self._tally.reset()
         self._faults.reset()
+        self._skipped = [0] * len(self._terms)
         self._step.zero_()
+        self.forget_observed()
+
+    def forget_observed(self) -> None:
+        """Drop what terms observed since the last step, in a backward that was none of a step."""
+        for term in self._terms.values():
+            if term.observed is not None:
+                term.observed.zero_()
+
+    def skip(self, groups: Sequence[int]) -> None:
+        """Groups of one micro-batch that are too small for their terms, on the host."""
+        self._skipped = [a + b for a, b in zip(self._skipped, groups, strict=True)]
 
     def add(
         self,
@@ -89,18 +110,24 @@ class Ledger:
             self._step += (sums[:known] / items).to(self._step.dtype)
 
     def after_step(self, progress: float) -> None:
-        """Tell the terms that adapt how the step went: one sum over ranks, none where none does.
+        """Tell terms and balance that adapt how the step went: one sum over ranks, or none.
 
         Args:
             progress: Share of the training that is done.
         """
         if not self._adapts:
             return
-        means = self._ranks.reduce(self._step)
+        taken = [t.observed for t in self._terms.values() if t.observed is not None]
+        sums = self._ranks.reduce(torch.cat([self._step, *taken]))
+        means, *observed = sums.split([len(self._step), *map(len, taken)])
+        seen = iter(observed)
         for mean, term in zip(means.unbind(), self._terms.values(), strict=True):
-            if term.adapts:
-                term.after_step(mean, progress)
-        self._step = torch.zeros_like(self._step)
+            own = None if term.observed is None else next(seen)
+            if term.adapts or own is not None:
+                term.after_step(mean, progress, own)
+        self._balance.after_step(means)
+        self._step.zero_()
+        self.forget_observed()
 
     def check(self) -> None:
         """Ask the device whether a row was at fault.
@@ -120,8 +147,12 @@ class Ledger:
         means = known(self._tally.means(self._ranks.reduce))
         shown = {f"loss/{name}": means[name] for name in self._terms if name in means}
         for name, term in self._terms.items():
-            if isinstance(term, MovingTerm):
-                shown[f"target/{name}"] = float(term.mix)
+            shown |= {f"{figure}/{name}": value for figure, value in term.figures().items()}
+        skipped = self._ranks.reduce(torch.tensor(self._skipped, device=self._ranks.device))
+        self._skipped = [0] * len(self._terms)
+        for name, groups in zip(self._terms, skipped.tolist(), strict=True):
+            if groups:
+                shown[f"skipped/{name}"] = float(groups)
         return shown | {name: means[name] for name in FIGURES if name in means}
 
 

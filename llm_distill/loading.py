@@ -98,7 +98,7 @@ def load_model(
         else AutoModelForCausalLM
     )
     given = {key: value for key, value in options.items() if value is not None}
-    with _quiet() if backbone else contextlib.nullcontext():
+    with quiet() if backbone else contextlib.nullcontext():
         try:
             model = auto.from_pretrained(name, config=config, dtype=dtype, **given)
         except OSError as error:
@@ -179,6 +179,15 @@ def find_tokenizer(
         return None
 
 
+def shown(name: str) -> str:
+    """A Hub id as it is, of a path its last part: what may stand in files that others read.
+
+    >>> shown("Qwen/Qwen3-0.6B"), shown("/home/me/teacher/")
+    ('Qwen/Qwen3-0.6B', 'teacher')
+    """
+    return Path(name).name if _looks_local(name) else name
+
+
 def _looks_local(name: str) -> bool:
     """Whether a name is a path rather than a Hub id."""
     return Path(name).exists() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
@@ -247,7 +256,7 @@ def _entangled(config: PreTrainedConfig) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No table of unexpected keys where we leave weights out on purpose."""
     before = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()

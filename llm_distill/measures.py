@@ -18,16 +18,19 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def measures(teacher: Distribution, vocabulary: int) -> Sequence[RowTerm]:
+def measures(teacher: Distribution | None, vocabulary: int) -> Sequence[RowTerm]:
     """Row functions of `MEASURES`, in its order, at temperature 1.
 
     Args:
         teacher: Its distribution. A sparse one has no perplexity and no surest token: NaN; its KL
-            is that of the tokens it tells.
+            is that of the tokens it tells. With None (other tokens than the student's) the KL is
+            NaN as well.
         vocabulary: The student's.
     """
+    absent = Alone(unknown)
+    if teacher is None:
+        return [Nll(), absent, absent, absent, Alone(entropy)]
     if isinstance(teacher, TopK | Counts):
-        absent = Alone(unknown)
         return [Nll(), absent, Tempered(forward_kl), absent, Alone(entropy)]
     theirs = teacher.values.shape[-1] if isinstance(teacher, Dense) else len(teacher.head.weight)
     common = min(vocabulary, theirs)

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import HubStrategy
 
-from llm_distill import binding, loading
+from llm_distill import binding, loading, mapping
+from llm_distill.arguments import check_arguments, check_checkpointing
 from llm_distill.binding import make_batch
 from llm_distill.capture import plain, predicts_next
 from llm_distill.collation import RowCollator, first_batch
 from llm_distill.data import Collator, Prepared
 from llm_distill.data.given import first_of, tokenised
 from llm_distill.errors import InputError
-from llm_distill.evaluation import settle_best_metric
-from llm_distill.objectives import Objective, Term
+from llm_distill.evaluation import OWN, settle_best_metric
+from llm_distill.objectives import MEASURES, Objective, Term
 from llm_distill.signals import ModelSpec, Request
 from llm_distill.students import (
-    FromConfig,
+    Made,
     Student,
     as_local,
     refuse_adapted_head,
     student_spec,
 )
 from llm_distill.teachers import Local, Teacher
-from llm_distill.vocabulary import settle_tokenizers
+from llm_distill.vocabulary import Tokenizers, check_alignment, settle_tokenizers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +35,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel, TrainingArguments
 
-__all__ = ["Run", "check_arguments", "make_batch", "prepare_run"]
+__all__ = ["Run", "make_batch", "prepare_run"]
 
 COLUMNS = ("input_ids", "attention_mask", "labels", "token_type_ids", "position_ids")
 """What collators and models read; `remove_unused_columns` takes the others away."""
@@ -59,6 +57,8 @@ class Run:
         shift: Whether the models are causal.
         kwargs: For `Trainer`, with tokenizer, collator and datasets filled in.
         prepared: What became of the rows of datasets that were tokenised here, by their names.
+        told: What was decided before the training, besides the terms' own notes.
+        tokenizers: Of both models.
     """
 
     model: Student
@@ -69,32 +69,50 @@ class Run:
     shift: bool
     kwargs: dict[str, Any]
     prepared: Mapping[str, Prepared] = field(default_factory=dict)
+    told: tuple[str, ...] = ()
+    tokenizers: Tokenizers = field(default_factory=Tokenizers)
 
     @property
     def teacher_request(self) -> Request:
-        """What the teacher has to give; its logits as well where there is an evaluation."""
+        """What the teacher has to give; its logits as well for an evaluation that compares them."""
         request = binding.teacher_request(self.terms)
-        return (
-            request | Request(logits=True)
-            if self.kwargs.get("eval_dataset") is not None
-            else request
+        compared = self._evaluates and self.tokenizers.theirs is None
+        return request | Request(logits=True) if compared else request
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Those of `MEASURES` that an evaluation takes."""
+        if self.teacher_request.logits:
+            return MEASURES
+        return OWN if self._evaluates else ()
+
+    @property
+    def _evaluates(self) -> bool:
+        """Whether there is something to evaluate on."""
+        return self.kwargs.get("eval_dataset") is not None
+
+    @property
+    def opening_request(self) -> Request:
+        """What the teacher may be asked for: in the training, and before it by what data decide."""
+        specs = self.student, self.teacher.spec
+        compared, surveyed = mapping.requests(self.objectives, *specs), binding.survey(
+            self.objectives, *specs
         )
+        return self.teacher_request | compared[1] | surveyed[1]
 
     @property
     def collator(self) -> RowCollator:
-        """The user's collator, with rows."""
+        """The user's collator, with rows, and the same text for the teacher where it is needed."""
+        retold = None
+        if self.opening_request != Request():
+            retold = self.tokenizers.translator(self.teacher.spec)
         return RowCollator(
             self.kwargs["data_collator"],
             shift=self.shift,
             valid=binding.needs_valid(self.terms),
-            positions=self.positions,
+            positions=self.tokenizers.positions(self.student, self.teacher.spec),
+            theirs=None if retold is None else RowCollator(retold, shift=self.shift, valid=True),
         )
-
-    @property
-    def positions(self) -> int | None:
-        """Tokens a sequence may have: the fewer of both models'."""
-        known = (self.student.positions, self.teacher.spec.positions)
-        return min((p for p in known if p), default=None)
 
 
 def prepare_run(
@@ -116,17 +134,20 @@ def prepare_run(
     if _weights(model) is not None and _weights(model) is _weights(master):
         raise InputError("model and teacher are one object; give the teacher a copy of its own")
     student = student_spec(model, master.config)
+    objectives = binding.ready(objectives, student, master.spec)
     terms = binding.bind(objectives, student, master.spec, seed=args.seed)
     binding.check_optimizers(terms, kwargs.get("optimizers", (None, None)))
     if kwargs.get("eval_dataset") is not None or binding.reads_logits(terms):
         refuse_adapted_head(model, master.config, adapter)
     if terms and any(term.student.heads for term in terms.values()):
-        _check_checkpointing(args)
+        check_checkpointing(args)
     shift = _shift(model, master)
     filled = dict(kwargs)
-    tokenizer = settle_tokenizers(model, master, student, filled.get("processing_class"))
-    filled["processing_class"] = tokenizer
-    positions = min((s.positions for s in (student, master.spec) if s.positions), default=None)
+    found = settle_tokenizers(model, master, student, filled.get("processing_class"))
+    check_alignment(found, objectives, terms, causal=shift)
+    settle_best_metric(args, filled.get("eval_dataset"), compared=found.theirs is None)
+    filled["processing_class"] = tokenizer = found.ours
+    positions = found.positions(student, master.spec)
     seen: dict[str, Prepared] = {}
     collator = filled.get("data_collator")
     for name in ("train_dataset", "eval_dataset"):
@@ -136,77 +157,20 @@ def prepare_run(
         filled["data_collator"] = (
             Collator.of(tokenizer) if tokenizer is not None else Collator(pad_token_id=0)
         )
-    run = Run(model, student, master, tuple(objectives), terms, shift, filled, seen)
+    run = Run(
+        model,
+        student,
+        master,
+        tuple(objectives),
+        terms,
+        shift,
+        filled,
+        seen,
+        found.told,
+        found,
+    )
     _check_training_data(run, args)
     return run
-
-
-def check_arguments(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None:
-    """Refuse arguments that cannot work, and set those whose default would hurt.
-
-    Raises:
-        InputError: For several GPUs without a launcher, `model_init`, `compute_loss_func`, or a
-            push of checkpoints.
-    """
-    if args.n_gpu > 1:
-        raise InputError(
-            f"{args.n_gpu} GPUs are visible to one process; start one process for each: "
-            f"accelerate launch --num_processes {args.n_gpu} your_script.py (or hide the others "
-            "with CUDA_VISIBLE_DEVICES=0)"
-        )
-    for name in ("model_init", "compute_loss_func"):
-        if kwargs.get(name) is not None:
-            raise InputError(
-                f"DistillTrainer takes no {name}: the loss is the objectives', the student is "
-                "`model`"
-            )
-    _check_sharding()
-    if args.neftune_noise_alpha is not None:
-        raise InputError("neftune_noise_alpha: the student's embeddings are read as they are")
-    if args.label_smoothing_factor:
-        raise InputError(
-            "label_smoothing_factor: the teacher is what smooths the labels; leave it at 0"
-        )
-    if args.push_to_hub and args.hub_strategy in (
-        HubStrategy.CHECKPOINT,
-        HubStrategy.ALL_CHECKPOINTS,
-    ):
-        strategy = HubStrategy(args.hub_strategy).value
-        raise InputError(
-            f"hub_strategy {strategy!r} would upload optimizer states and projectors; write "
-            "every_save or end"
-        )
-    # The filter reads every micro-batch's loss on the host, and hides what it finds.
-    args.logging_nan_inf_filter = False
-    settle_best_metric(args, kwargs.get("eval_dataset"))
-    loader: Any = args.accelerator_config
-    if loader.dispatch_batches:
-        raise InputError("dispatch_batches: rows are not cut up like [B, T] tensors; leave it out")
-    loader.dispatch_batches = False
-
-
-def _check_sharding() -> None:
-    """Refuse what Accelerate's launcher asks for and this trainer cannot give.
-
-    Raises:
-        InputError: For ZeRO-3, for FSDP version 1, and for weights that only rank 0 loads.
-    """
-    if is_deepspeed_zero3_enabled():
-        raise InputError(
-            "DeepSpeed ZeRO-3 keeps the head's weight in pieces, which the loss reads whole; use "
-            "FSDP2 (recipes/accelerate/fsdp2.yaml), or ZeRO-1 or 2"
-        )
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
-        return
-    if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise InputError(
-            "FSDP version 1 flattens the head's weight, which the loss reads; write fsdp_version: 2"
-        )
-    if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
-        raise InputError(
-            "fsdp_cpu_ram_efficient_loading leaves the teacher without weights on all ranks but "
-            "the first; write fsdp_cpu_ram_efficient_loading: false"
-        )
 
 
 def _weights(model: object) -> nn.Module | None:
@@ -266,7 +230,7 @@ def _shift(model: Student, teacher: Teacher) -> bool:
         InputError: If one is and the other is not.
     """
     theirs = _causal(teacher)
-    ours = theirs if isinstance(model, FromConfig) else _causal(as_local(model))
+    ours = theirs if isinstance(model, Made) else _causal(as_local(model))
     if ours != theirs:
         kinds = ["causal" if causal else "masked" for causal in (ours, theirs)]
         raise InputError(
@@ -284,13 +248,3 @@ def _causal(spec: Teacher) -> bool:
         if isinstance(loaded, nn.Module)
         else not loading.is_masked(spec.config)
     )
-
-
-def _check_checkpointing(args: TrainingArguments) -> None:
-    """Refuse reentrant checkpointing with attention maps before weights load."""
-    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
-        if (getattr(args, name, None) or {}).get("use_reentrant"):
-            raise InputError(
-                "AttentionMaps has no gradient under reentrant gradient checkpointing; write "
-                "activation_checkpointing_kwargs: {use_reentrant: false}"
-            )

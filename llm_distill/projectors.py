@@ -6,8 +6,10 @@ lives in the checkpoints, and is never part of the exported student.
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import is_parametrized
 
-__all__ = ["identity", "linear"]
+__all__ = ["identity", "linear", "mlp", "none", "orthogonal"]
 
 
 def identity(student_width: int, teacher_width: int) -> nn.Module:
@@ -37,6 +39,143 @@ def linear(student_width: int, teacher_width: int) -> nn.Module:
     Linear(in_features=4, out_features=8, bias=True)
     """
     return nn.Linear(student_width, teacher_width)
+
+
+def mlp(student_width: int, teacher_width: int, *, hidden: int | None = None) -> nn.Module:
+    """Two layers with a GELU between, for every token, `[N, Ds] -> [N, Dt]`.
+
+    Args:
+        student_width: Features of a student's state.
+        teacher_width: Features of a teacher's.
+        hidden: Features between the layers; by default the larger of both widths.
+
+    Raises:
+        ValueError: If `hidden` is < 1.
+
+    Source: Chen et al. 2022 (projector ensembles), arXiv 2210.15274, which compares such depths.
+
+    >>> [tuple(p.shape) for p in mlp(4, 8).parameters()]
+    [(8, 4), (8,), (8, 8), (8,)]
+    """
+    if hidden is not None and hidden < 1:
+        raise ValueError(f"projector: mlp has hidden={hidden}; write a width from 1 on")
+    width = max(student_width, teacher_width) if hidden is None else hidden
+    return nn.Sequential(
+        nn.Linear(student_width, width), nn.GELU(), nn.Linear(width, teacher_width)
+    )
+
+
+def none(student_width: int, teacher_width: int) -> nn.Module:
+    """No projection whatever the widths, for losses that relate items within one model.
+
+    >>> none(4, 8)
+    Identity()
+    """
+    del student_width, teacher_width
+    return nn.Identity()
+
+
+def orthogonal(student_width: int, teacher_width: int) -> nn.Module:
+    """A rotation into (or projection onto) the teacher's space and a shift, `[N, Ds] -> [N, Dt]`.
+
+    The weight keeps orthonormal columns (rows for a narrower teacher) throughout the training, so
+    that distances and angles between the student's states arrive as they are, and nothing can be
+    learned here that the student should learn. Departs from the source by its bias: residual
+    streams have a mean far from zero.
+
+    Source: Miles et al. 2024 (VkD), arXiv 2403.06213, section 3.
+
+    >>> projector = orthogonal(4, 8)
+    >>> bool((projector.weight.T @ projector.weight - torch.eye(4)).abs().max() < 1e-5)
+    True
+    """
+    module = nn.Linear(student_width, teacher_width)
+    nn.init.zeros_(module.bias)
+    # Cayley's map is one solve for any two widths. Torch's own choices take seven times as long
+    # (512 to 1024), and weight decay breaks that for unequal ones: it truncates a diagonal of -1.
+    return parametrizations.orthogonal(module, orthogonal_map="cayley")
+
+
+def fit(projector: nn.Module, student: Tensor, teacher: Tensor) -> float:
+    """Set a projector to its closed-form optimum: `[N, Ds], [N, Dt] -> residual share`.
+
+    Args:
+        projector: From `linear` or `orthogonal`; written in place.
+        student: Calibration rows.
+        teacher: What they should become.
+
+    Returns:
+        The share of the teacher's variance that is left; above 1 only where an orthogonal map,
+        which cannot scale, adds to it.
+
+    Raises:
+        ValueError: For a projector without a closed form.
+    """
+    affine = checked_fit(projector)
+    fitted = fit_procrustes if is_parametrized(affine, "weight") else fit_least_squares
+    return fitted(affine, student, teacher)
+
+
+def checked_fit(projector: nn.Module) -> nn.Linear:
+    """The projector, if it has a closed-form optimum.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    if isinstance(projector, nn.Linear) and projector.bias is not None:
+        return projector
+    raise ValueError(
+        f"projector: {type(projector).__name__} has no closed-form optimum; write projector: "
+        "linear or orthogonal, or init: random"
+    )
+
+
+def fit_procrustes(projector: nn.Linear, student: Tensor, teacher: Tensor) -> float:
+    """Set an orthogonal projector to the nearest rigid map: `[N, Ds], [N, Dt] -> residual share`.
+
+    The bias takes the means; for the rest `W = V U^T` with `X^T Y = U S V^T`. That is the optimum
+    unless the teacher is narrower: then it is the start of steps that never lose.
+
+    Source: Schoenemann 1966 (orthogonal Procrustes); the steps: Bojanczyk and Lutoborski 1999, the
+    unbalanced problem, here by majorisation.
+    """
+    x, y = student.detach().double(), teacher.detach().double()
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    x, y = x - x_mean, y - y_mean
+    weight = _polar(y.T @ x)
+    if len(weight) < weight.shape[1]:
+        weight = _descend(weight, x, y)
+    # What torch completes a weight that is not square with is drawn: not from others' numbers.
+    place = projector.bias.device
+    devices = [place] if place.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        projector.weight = weight.to(projector.bias)
+        projector.bias.copy_(y_mean - weight @ x_mean)
+    left = (y - x @ weight.T).square().sum() / y.square().sum().clamp_min(1e-30)
+    return float(left)
+
+
+def _polar(matrix: Tensor) -> Tensor:
+    """The nearest matrix with orthonormal columns or rows: `[m, n] -> [m, n]`."""
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    nearest: Tensor = left @ right
+    return nearest
+
+
+def _descend(weight: Tensor, x: Tensor, y: Tensor, *, steps: int = 100) -> Tensor:
+    """Lower `|X W^T - Y|^2` over weights with orthonormal rows, which also choose a subspace.
+
+    With `G = X^T X` the term `tr(W (G - lambda_max I) W^T)` is concave, so it lies below its
+    tangent plane, and a step to the lowest point there is a polar factor.
+    """
+    gram, cross = x.T @ x, y.T @ x
+    slack = -gram
+    slack.diagonal().add_(torch.linalg.matrix_norm(gram, 2))
+    for _ in range(steps):
+        before, weight = weight, _polar(weight @ slack + cross)
+        if (weight - before).norm() < 1e-9 * weight.norm():
+            break
+    return weight
 
 
 def fit_least_squares(

@@ -18,7 +18,7 @@ from peft import PeftModel
 from llm_distill import schedules
 from llm_distill.card import CardFacts, DataFacts, ModelFacts, ObjectiveFacts, origin_of
 from llm_distill.objectives import named
-from llm_distill.students import FromConfig
+from llm_distill.students import FromConfig, FromTeacher
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,6 +82,9 @@ def model_facts(model: Student | Teacher, spec: ModelSpec, weights: nn.Module | 
     size = None if weights is None else sum(p.numel() for p in weights.parameters())
     if isinstance(model, FromConfig):
         return ModelFacts(name=model.architecture, origin="random", parameters=size)
+    if isinstance(model, FromTeacher):
+        blocks = ", ".join(map(str, spec.blocks or ()))
+        return ModelFacts(name=f"blocks {blocks}", origin="cut", parameters=size)
     config = getattr(model, "config", None)
     revision = cast("str | None", getattr(config, "_commit_hash", None))
     return ModelFacts(

@@ -8,12 +8,14 @@ and moves to the device with the batch.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from llm_distill.queries import Queries
 
 IGNORED = -100
 """The label of transformers that means: not a target."""
@@ -34,6 +36,7 @@ class Rows:
         token: `[N]`, the input token there.
         per_sequence: How many rows each sequence has, on the host.
         host_position: `position` again, always on the CPU: queries are drawn there.
+        starts: Place of each sequence's first real token, on the host; () where all are 0.
     """
 
     index: Tensor
@@ -43,6 +46,7 @@ class Rows:
     token: Tensor
     per_sequence: tuple[int, ...]
     host_position: Tensor
+    starts: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         """N, known without asking the device."""
@@ -65,6 +69,18 @@ class Rows:
             few, per_sequence=self.per_sequence[:sequences], host_position=self.host_position[:kept]
         )
 
+    def at(self, places: Tensor) -> Rows:
+        """Some of the rows: `[n]`, ascending, on the CPU."""
+        there = places.to(self.index.device, non_blocking=True)
+        few = self._each(lambda t: t.index_select(0, there))
+        ends = torch.tensor(self.per_sequence, dtype=torch.long).cumsum(0)
+        counts = torch.searchsorted(places, ends).diff(prepend=torch.zeros(1, dtype=torch.long))
+        return replace(
+            few,
+            per_sequence=tuple(counts.tolist()),
+            host_position=self.host_position.index_select(0, places),
+        )
+
     def _each(self, move: Callable[[Tensor], Tensor]) -> Rows:
         """Apply a function to every tensor."""
         return replace(
@@ -78,43 +94,23 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Queries:
-    """Sampled query positions of attention maps, the same for student and teacher.
+class Draw:
+    """What random choices of rows follow from, the same on any rank and after a resumption.
 
     Attributes:
-        position: `[B, R]`, places inside the padded sequences; unused places repeat a real one.
-        used: `[B, R]`, which places count.
-        per_sequence: How many places of each sequence count, on the host.
-        flat: `[n]`, the places that count, in the flattened `[B * R]`.
+        seed: Of the run.
+        epoch: New choices in each epoch.
+        keys: `example_keys` of the batch.
     """
 
-    position: Tensor
-    used: Tensor
-    per_sequence: tuple[int, ...]
-    flat: Tensor
+    seed: int = 0
+    epoch: int = 0
+    keys: tuple[int, ...] = ()
 
-    def __len__(self) -> int:
-        """n, known without asking the device."""
-        return sum(self.per_sequence)
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Queries:
-        """The same queries on a device."""
-        position, used, flat = (
-            t.to(device, non_blocking=non_blocking) for t in (self.position, self.used, self.flat)
-        )
-        return replace(self, position=position, used=used, flat=flat)
-
-    def flat_of(self, part: slice) -> Tensor:
-        """The places that count among some columns, in the flattened `[B * columns]`: `[n']`."""
-        if part == slice(None):
-            return self.flat
-        start, stop, _ = part.indices(self.position.shape[1])
-        wanted = [
-            sequence * (stop - start) + column
-            for sequence, count in enumerate(self.per_sequence)
-            for column in range(min(count, stop) - start)
-        ]
-        return torch.tensor(wanted, dtype=torch.long).to(self.flat.device, non_blocking=True)
+    def generator(self, *what: object) -> torch.Generator:
+        """Random numbers for one purpose."""
+        text = " ".join(str(part) for part in (self.seed, *what, self.epoch))
+        return torch.Generator().manual_seed(zlib.crc32(text.encode()))
 
 
 @dataclass(frozen=True)
@@ -122,16 +118,22 @@ class Batch:
     """A batch as models and terms see it.
 
     Attributes:
-        inputs: What the models are called with.
+        inputs: What the models are called with; the student alone where there is `theirs`.
         supervised: Rows that predict a label.
         valid: Every real token; None where no term asked for it.
         queries: Sampled query positions; None where no term asked for maps.
+        draw: What random choices of its rows follow from.
+        theirs: The same sequences in the teacher's own tokens, where its tokenizer is another.
+        picked: What was chosen already (`llm_distill.picks`).
     """
 
     inputs: Mapping[str, Tensor]
     supervised: Rows
     valid: Rows | None = None
     queries: Queries | None = None
+    draw: Draw = field(default_factory=Draw)
+    theirs: Batch | None = None
+    picked: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
@@ -140,7 +142,14 @@ class Batch:
             self.supervised.to(device),
             None if self.valid is None else self.valid.to(device),
             None if self.queries is None else self.queries.to(device, non_blocking=True),
+            self.draw,
+            None if self.theirs is None else self.theirs.to(device),
         )
+
+    @property
+    def for_teacher(self) -> Batch:
+        """The batch as the teacher reads it."""
+        return self if self.theirs is None else self.theirs
 
     def rows(self, kind: RowKind) -> Rows:
         """The rows of one kind."""
@@ -161,14 +170,23 @@ class Step:
         progress: Share of the training that is done, in [0, 1].
         shares: `[K]` fp32 on the device: weight of each term x data-parallel ranks / items of the
             whole step.
-        measure: Also return the evaluation sums (perplexities, KL, agreement).
+        measure: Also return the evaluation sums (perplexities, KL, agreement); NaN for those that
+            need the teacher's logits where it does not give them.
         logits: Also return the student's full logits, for `compute_metrics`.
+        alone: Whether the student's blocks learn alone, from states of the teacher, and no term
+            counts but those that let them.
+        rehearsal: Terms are measured on a step that is taken afterwards: what they keep stays.
+        layer: Return the norm of each term's gradient at this hidden state of the student instead
+            of a loss; None: nowhere.
     """
 
     progress: float
     shares: Tensor
     measure: bool = False
     logits: bool = False
+    alone: bool = False
+    rehearsal: bool = False
+    layer: int | None = None
 
 
 def supervised_rows(
@@ -189,16 +207,16 @@ def supervised_rows(
         targets = labels.clone()
     if attention_mask is not None:
         targets[attention_mask == 0] = IGNORED
-    return _rows(input_ids, targets, targets != IGNORED)
+    return _rows(input_ids, targets, targets != IGNORED, attention_mask)
 
 
 def valid_rows(input_ids: Tensor, attention_mask: Tensor | None) -> Rows:
     """Every real token: `[B, T] x2 -> N rows`, labels `-100`."""
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    return _rows(input_ids, torch.full_like(input_ids, IGNORED), real != 0)
+    return _rows(input_ids, torch.full_like(input_ids, IGNORED), real != 0, attention_mask)
 
 
-def _rows(input_ids: Tensor, targets: Tensor, chosen: Tensor) -> Rows:
+def _rows(input_ids: Tensor, targets: Tensor, chosen: Tensor, mask: Tensor | None) -> Rows:
     """The chosen positions as rows."""
     sequence, position = chosen.nonzero(as_tuple=True)
     index = sequence * input_ids.shape[1] + position
@@ -210,6 +228,7 @@ def _rows(input_ids: Tensor, targets: Tensor, chosen: Tensor) -> Rows:
         token=input_ids.flatten()[index],
         per_sequence=tuple(chosen.sum(1).tolist()),
         host_position=position,
+        starts=() if mask is None else tuple((mask != 0).int().argmax(1).tolist()),
     )
 
 
@@ -218,44 +237,3 @@ def example_keys(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[int,
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     real = (ids[keep != 0] for ids, keep in zip(input_ids, mask, strict=True))
     return tuple(zlib.crc32(ids.to(torch.int64).contiguous().numpy().tobytes()) for ids in real)
-
-
-def sample_queries(
-    rows: Rows, keys: Sequence[int], *, most: int | None, seed: int, epoch: int
-) -> Queries:
-    """Draw query positions of each sequence, from (seed, example, epoch) alone.
-
-    Args:
-        rows: Among these; only their host side is read.
-        keys: `example_keys` of the batch.
-        most: Queries per sequence at most; None takes all rows.
-        seed: Of the run.
-        epoch: New queries in each epoch.
-
-    Returns:
-        Queries in ascending position. The mean over those of one sequence is unbiased for the mean
-        over all its rows; longer sequences count no more than `most`.
-    """
-    drawn: list[Tensor] = []
-    start = 0
-    for count, key in zip(rows.per_sequence, keys, strict=True):
-        places = rows.host_position[start : start + count]
-        if most is not None and count > most:
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {key} {epoch}".encode()))
-            places = places[torch.randperm(count, generator=generator)[:most].sort().values]
-        drawn.append(places)
-        start += count
-    return _queries(drawn)
-
-
-def _queries(drawn: Sequence[Tensor]) -> Queries:
-    """Ragged positions padded to one width of at least one place."""
-    width = max([1, *(len(places) for places in drawn)])
-    position = torch.zeros(len(drawn), width, dtype=torch.long)
-    used = torch.zeros(len(drawn), width, dtype=torch.bool)
-    for row, places in enumerate(drawn):
-        position[row, : len(places)] = places
-        position[row, len(places) :] = places[0] if len(places) else 0
-        used[row, : len(places)] = True
-    flat = used.flatten().nonzero()[:, 0]
-    return Queries(position, used, tuple(len(places) for places in drawn), flat)

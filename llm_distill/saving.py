@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 STUDENT = "student."
 TERMS = "terms."
+BALANCE = "balance."
 TERMS_FILE = "terms.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -45,10 +46,10 @@ def save_student(distiller: Distiller, folder: Path, state: Mapping[str, Tensor]
 
 
 def save_terms(distiller: Distiller, folder: Path, state: Mapping[str, Tensor] | None) -> None:
-    """Write what the terms learned (projectors, matched heads), for resuming."""
-    own = distiller.terms.state_dict()
+    """Write what terms and balance learned (projectors, matched heads, means), for resuming."""
+    own = _learned(distiller)
     if state is not None:
-        own = {k.removeprefix(TERMS): v for k, v in state.items() if k.startswith(TERMS)}
+        own = {k.removeprefix(TERMS): v for k, v in state.items() if k.startswith((TERMS, BALANCE))}
     if own:
         save_file({k: v.contiguous().cpu() for k, v in own.items()}, folder / TERMS_FILE)
 
@@ -84,20 +85,36 @@ def load_student(distiller: Distiller, folder: Path) -> None:
 
 
 def load_terms(distiller: Distiller, folder: Path) -> None:
-    """Read what the terms learned.
+    """Read what terms and balance learned.
 
     Raises:
-        FileNotFoundError: If the terms have something to load and the checkpoint does not have it.
+        FileNotFoundError: If they have something to load and the checkpoint does not have it.
+        ValueError: If the checkpoint is of another balance.
     """
-    if not distiller.terms.state_dict():
-        return
+    own = _learned(distiller)
     path = folder / TERMS_FILE
     if not path.exists():
+        if not own:
+            return
         raise FileNotFoundError(
             f"{path} is missing: the projectors of this run would start anew; resume from another "
             "checkpoint, or start over"
         )
-    distiller.terms.load_state_dict(load_file(path))
+    found = load_file(path)
+    ours, theirs = ({k for k in keys if k.startswith(BALANCE)} for keys in (own, found))
+    if ours != theirs:
+        raise ValueError(
+            f"{path} is of another balance between terms: it has {sorted(theirs) or 'none'}, this "
+            f"run {sorted(ours) or 'none'}; write the balance it was trained with, or start over"
+        )
+    distiller.terms.load_state_dict({k: v for k, v in found.items() if k not in theirs})
+    distiller.balance.load_state_dict({k.removeprefix(BALANCE): found[k] for k in theirs})
+
+
+def _learned(distiller: Distiller) -> dict[str, Tensor]:
+    """What a checkpoint has beside the student: terms by their number, the balance by its name."""
+    balance = {f"{BALANCE}{k}": v for k, v in distiller.balance.state_dict().items()}
+    return distiller.terms.state_dict() | balance
 
 
 def _save_adapter(student: PeftModel, folder: Path, state: dict[str, Tensor] | None) -> None:

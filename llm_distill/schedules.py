@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-__all__ = ["constant", "cosine", "linear"]
+__all__ = ["constant", "cosine", "linear", "step"]
 
 Schedule = Callable[[float], float]
 """Training progress, a fraction in [0, 1] -> weight >= 0."""
@@ -42,6 +42,19 @@ def cosine(progress: float, *, start: float, end: float, until: float = 1.0) -> 
     """
     share = 0.5 * (1.0 - math.cos(math.pi * _share(progress, until)))
     return start + (end - start) * share
+
+
+def step(progress: float, *, before: float, after: float, at: float) -> float:
+    """One weight before the progress `at` and another from there on: two stages, hint then logits.
+
+    Source: Romero et al. 2014 (FitNets), arXiv 1412.6550, section 2.3 (there one after the other).
+
+    >>> [step(p, before=1.0, after=0.0, at=0.3) for p in (0.0, 0.29, 0.3, 1.0)]
+    [1.0, 1.0, 0.0, 0.0]
+    """
+    if not 0 < at < 1:
+        raise ValueError(f"at is {at}; write a share of the training between 0 and 1, such as 0.3")
+    return before if progress < at else after
 
 
 def _share(progress: float, until: float) -> float:

@@ -6,18 +6,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm_distill.attention import Heads
 from llm_distill.losses.projection import Finish, Projection
 from llm_distill.losses.softmax import wide
 from llm_distill.losses.sparse import Counts, TopK
+from llm_distill.provenance import Provenance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from llm_distill.rows import Queries, Rows
+    from llm_distill.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Request:
         hidden: Layers as in `hidden_states` of transformers: 0 the embedding, depth after the final
             norm.
         heads: Blocks 1..depth whose attention is wanted.
+        relations: Those whose queries, keys and values are wanted whole; they are in `heads` too.
 
     >>> (Request(hidden=frozenset({2})) | Request(logits=True)).hidden
     frozenset({2})
@@ -37,11 +39,19 @@ class Request:
     logits: bool = False
     hidden: frozenset[int] = frozenset()
     heads: frozenset[int] = frozenset()
+    relations: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Whoever looks for blocks whose attention is read looks at `heads`."""
+        object.__setattr__(self, "heads", self.heads | self.relations)
 
     def __or__(self, other: Request) -> Request:
         """Everything either asks for."""
         return Request(
-            self.logits or other.logits, self.hidden | other.hidden, self.heads | other.heads
+            self.logits or other.logits,
+            self.hidden | other.hidden,
+            self.heads | other.heads,
+            self.relations | other.relations,
         )
 
     @property
@@ -63,6 +73,11 @@ class ModelSpec:
         vocabulary: Rows of the head, padding rows included.
         positions: Tokens a sequence may have at most, where the config says so.
         attends: Whether its attention can be read, through transformers' attention interface.
+        kv_heads: Heads of keys and values of a block.
+        head_dim: Features of one head of queries and keys.
+        value_dim: Features of one head of values.
+        blocks: The teacher's block behind each of its own, for a student that was cut from it.
+        fresh: Whether its weights are random.
     """
 
     name: str
@@ -73,21 +88,32 @@ class ModelSpec:
     vocabulary: int
     positions: int | None = None
     attends: bool = True
+    kv_heads: int = 0
+    head_dim: int = 0
+    value_dim: int = 0
+    blocks: tuple[int, ...] | None = None
+    fresh: bool = False
 
     @classmethod
     def of(cls, config: PreTrainedConfig, name: str) -> ModelSpec:
         """Read a transformers config, the text part of a composite one."""
         text = config.get_text_config(decoder=True)
         positions = getattr(text, "max_position_embeddings", None)
+        cut = Provenance.read(config)
+        heads, kv_heads, head_dim, value_dim = _head_shapes(text)
         return cls(
             name=name,
             kind=str(text.model_type),
             depth=int(text.num_hidden_layers),
             width=int(text.hidden_size),
-            heads=int(getattr(text, "num_attention_heads", 0)),
+            heads=heads,
             vocabulary=int(text.vocab_size),
             positions=int(positions) if positions else None,
             attends=_attends(config),
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            value_dim=value_dim,
+            blocks=None if cut is None else cut.blocks,
         )
 
 
@@ -171,54 +197,6 @@ Distribution = Whole | TopK | Counts
 
 
 @dataclass(frozen=True)
-class Heads:
-    """The attention of one block for the asked query positions, everything after rotary embedding.
-
-    Attributes:
-        query: `[B, H, R, d]`, the asked positions only.
-        key: `[B, Hkv, T, d]`.
-        mask: `[B or 1, 1 or H, R, T]`, boolean (True: visible) or additive, or None (all visible).
-        scaling: Factor on the scores.
-        softcap: Bound of the scores, before the mask.
-    """
-
-    query: Tensor
-    key: Tensor
-    mask: Tensor | None
-    scaling: float
-    softcap: float | None = None
-
-    def maps(self, queries: Queries, part: slice = slice(None)) -> Tensor:
-        """Attention probabilities of some asked rows, no dropout, fp32 or better: `[n, H, T]`.
-
-        Args:
-            queries: The positions this was captured for.
-            part: Which of the R places of every sequence; all by default.
-        """
-        sequences, heads = self.query.shape[:2]
-        query = wide(self.query[:, :, part])
-        shared = query.unflatten(1, (self.key.shape[1], -1)).flatten(2, 3)
-        scores = (shared @ wide(self.key).transpose(-1, -2)).view(
-            sequences, heads, query.shape[2], -1
-        )
-        scores = scores * self.scaling
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        probabilities = self._masked(scores, part).softmax(-1)
-        return probabilities.transpose(1, 2).flatten(0, 1).index_select(0, queries.flat_of(part))
-
-    def _masked(self, scores: Tensor, part: slice) -> Tensor:
-        """Scores with invisible keys at the lowest number, and biases of visible ones added."""
-        if self.mask is None:
-            return scores
-        mask = self.mask[:, :, part]
-        lowest = torch.finfo(scores.dtype).min
-        if mask.dtype == torch.bool:
-            return scores.masked_fill(~mask, lowest)
-        return (scores + mask).masked_fill(mask < -1e4, lowest)
-
-
-@dataclass(frozen=True)
 class Signals:
     """What one model said about one batch; asking for what was not requested raises.
 
@@ -268,6 +246,18 @@ class Signals:
                 f"{sorted(self.attention)}"
             )
         return self.attention[layer]
+
+
+def _head_shapes(text: Any) -> tuple[int, int, int, int]:  # noqa: ANN401  configs differ
+    """Query heads, heads of keys and values, and features of one head of either."""
+    heads = int(getattr(text, "num_attention_heads", None) or 0)
+    if not heads:
+        return 0, 0, 0, 0
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    # Latent attention (DeepSeek) has other widths for queries and keys than for values.
+    query = int(getattr(text, "qk_head_dim", None) or width)
+    return heads, kv_heads, query, int(getattr(text, "v_head_dim", None) or width)
 
 
 def _attends(config: PreTrainedConfig) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,29 +12,31 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, TrainingArguments
 
-from llm_distill import binding, schedules
+from llm_distill import binding, race, schedules
+from llm_distill.balance.base import settle
 from llm_distill.calibration import calibrate
-from llm_distill.checkpointing import StudentTrainer
 from llm_distill.distiller import Distiller
 from llm_distill.evaluation import Tally, evaluation_metrics, own_sequences
 from llm_distill.ledger import AfterStep, Ledger, Ranks, logs_next
 from llm_distill.objectives import MEASURES, CrossEntropy, Logits, Objective
 from llm_distill.preparation import COLUMNS, make_batch, prepare_run
-from llm_distill.rows import Batch, Step
-from llm_distill.signals import Request, Signals
+from llm_distill.rows import Step
+from llm_distill.steps import StepTrainer
 from llm_distill.students import Student, load_student
+from llm_distill.weighing import Weighing, sent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+    from llm_distill.balance import BalanceRule
     from llm_distill.teachers import Teacher
 
 DEFAULT_OBJECTIVES = (CrossEntropy(weight=0.1), Logits())
 
 
-class DistillTrainer(StudentTrainer):
+class DistillTrainer(StepTrainer):
     """Distil a teacher into a student.
 
     A Trainer in every other respect: callbacks, `compute_metrics`, `optimizers`, checkpoints and
@@ -41,13 +44,15 @@ class DistillTrainer(StudentTrainer):
 
     Args:
         model: The student: a loaded model, a Hub id or path (fp32 master weights), or a spec
-            (`FromConfig`, `Local`).
+            (`FromConfig`, `FromTeacher`, `Local`).
         teacher: A loaded model, a Hub id or path, or a spec (`Local`).
         objectives: What to match; by default cross-entropy (0.1) and forward KL on the logits.
         args: As for Trainer.
         peft_config: Train an adapter on the student instead of all its weights.
         rows_per_chunk: Rows whose logits exist at a time; by default as many as keep the matrix
             products fast and the memory allows.
+        balance: Between the weights of the objectives (`llm_distill.balance`: `normalised`,
+            `uncertainty`, `gradient`); by default they stay as written.
         trainer_kwargs: Everything else that Trainer takes; `processing_class` is the student's
             tokenizer by default, `data_collator` one that pads `input_ids` and `labels`.
 
@@ -70,22 +75,33 @@ class DistillTrainer(StudentTrainer):
         *,
         peft_config: PeftConfig | None = None,
         rows_per_chunk: int | None = None,
+        balance: BalanceRule | None = None,
         **trainer_kwargs: Any,
     ) -> None:
         args = args if args is not None else TrainingArguments("tmp_trainer")
         objectives = DEFAULT_OBJECTIVES if objectives is None else objectives
         chunk = binding.checked_rows(rows_per_chunk)
         run = prepare_run(model, teacher, objectives, args, trainer_kwargs, adapter=peft_config)
-        student: nn.Module = load_student(model, run.teacher.config)
+        settle(balance, run.terms, run.student.depth)  # refused before weights load
+        race.check(run, args, balance)
+        student: nn.Module = load_student(model, run.teacher)
         if peft_config is not None:
             student = cast(
                 "nn.Module", get_peft_model(cast("PreTrainedModel", student), peft_config)
             )
-        self._source = run.teacher.open(run.teacher_request, args.device)
-        self.run = run = calibrate(run, student, self._source, args)
-        distiller = Distiller(student, run.terms, run.student.name, rows_per_chunk=chunk)
+        self._source = run.teacher.open(run.opening_request, args.device)
+        make = partial(DistillTrainer, rows_per_chunk=chunk, balance=balance)
+        self.run = run = calibrate(run, student, self._source, args, make)
+        distiller = Distiller(
+            student,
+            run.terms,
+            run.student.name,
+            rows_per_chunk=chunk,
+            balance=settle(balance, run.terms, run.student.depth),
+        )
         if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = not distiller.request.logits
+            alone = distiller.forcing is not None  # without the head, for a while
+            args.ddp_find_unused_parameters = alone or not distiller.request.logits
         use_cache = distiller.config.use_cache
         super().__init__(
             model=cast("PreTrainedModel", distiller),
@@ -100,7 +116,8 @@ class DistillTrainer(StudentTrainer):
         self._compares = binding.teacher_request(run.terms).logits
         decode = getattr(self.processing_class, "decode", None)
         ranks = Ranks(args.device, self._over_ranks, self.accelerator.gather, decode)
-        self._ledger = Ledger(run.terms, ranks)
+        self._weighing = Weighing(run.objectives, run.terms, distiller.balance, args.device)
+        self._ledger = Ledger(run.terms, ranks, distiller.balance)
         self.add_callback(AfterStep(self._ledger))
         self._evaluated = Tally((*run.terms, *MEASURES), args.device)
 
@@ -118,7 +135,10 @@ class DistillTrainer(StudentTrainer):
         """
         prepared = self.run.prepared.items()
         table = binding.describe(self.run.objectives, self.run.terms)
-        self._announce(*(f"{name}: {found.report}" for name, found in prepared), table)
+        reports = (f"{name}: {found.report}" for name, found in prepared)
+        balance = self.distiller.balance.describe()
+        weights = [f"balance: {balance}"] if balance else []
+        self._announce(*reports, *self.run.told, table, *weights)
         self._ledger.reset()  # steps after the last log of another training
         output: TrainOutput = super().train(*args, **kwargs)
         self._ledger.check()  # steps after the last log
@@ -131,15 +151,7 @@ class DistillTrainer(StudentTrainer):
         if lines and self.announces and self.is_world_process_zero():
             Console(stderr=True, highlight=False).print("\n".join(lines), markup=False)
 
-    # A step
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As in Trainer; the attention taps forget the batch, also where the step was cut short."""
-        try:
-            loss: Tensor = super().training_step(*args, **kwargs)
-        finally:
-            self.distiller.release()
-        return loss
+    # Loss
 
     def compute_loss(
         self,
@@ -162,78 +174,23 @@ class DistillTrainer(StudentTrainer):
         if num_items_in_batch is None:
             num_items_in_batch = self._summed([batch])
         items = cast("Tensor", num_items_in_batch)
-        done = self.state.global_step
-        progress = done / max(self.state.max_steps, 1)
-        shares = self._weights(progress) * self._ranks / items.clamp_min(1.0)
-        measure = self._compares and logs_next(self.args, self.state)
-        outcome = model(batch, self._taught(batch), Step(progress, shares, measure=measure))
-        self._ledger.add(outcome, counts, len(batch.supervised), items=items, step=done + 1)
+        progress, number = self._progress, self.state.global_step + 1
+        weights = self._weighing.now(progress, balanced=not self._alone)
+        shares = weights * self._ranks / items.clamp_min(1.0)
+        measure = self._compares and logs_next(self.args, self.state) and not self._alone
+        step = Step(progress, shares, measure=measure, alone=self._alone)
+        outcome = model(batch, self._taught(batch), step)
+        self._ledger.skip([term.skipped(batch) for term in self.run.terms.values()])
+        self._ledger.add(outcome, counts, len(batch.supervised), items=items, step=number)
         loss = outcome.loss
         return (loss, {"loss": loss, "sums": outcome.sums}) if return_outputs else loss
-
-    def _taught(self, batch: Batch) -> Signals:
-        """What the teacher says; it does not run where no term listens, as under cross-entropy."""
-        if binding.teacher_request(self.run.terms) == Request():
-            return Signals(f"teacher {self.run.teacher.spec.name}")
-        return self._source(batch)
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Any]:
-        """As in Trainer; where a stream ends inside a step, batches without rows fill the step up.
-
-        Trainer would not take it, and add its gradient to that of the next one.
-        """
-        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if samples:
-            samples += [self._silent(samples[-1])] * (num_batches - len(samples))
-        return samples, items
-
-    def _silent(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A batch of which nothing counts."""
-        given = {key: value for key, value in inputs.items() if key != "batch"}
-        return given | {"batch": make_batch(given, self._plan, seed=0, epoch=0, keep=0)}
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """Items of each term in the micro-batches of a step, over all ranks: `[K]`."""
-        del device
-        return self._summed([self._batch(inputs) for inputs in batch_samples])
-
-    def _summed(self, batches: Sequence[Batch]) -> Tensor:
-        """Items of each term over batches and ranks."""
-        totals = [sum(column) for column in zip(*map(self._counts, batches), strict=True)]
-        totals = totals or [0] * len(self.run.terms)
-        return self._over_ranks(self._sent(totals))
-
-    def _over_ranks(self, values: Tensor) -> Tensor:
-        """Sum over ranks."""
-        return cast("Tensor", self.accelerator.reduce(values, reduction="sum"))
-
-    def _counts(self, batch: Batch) -> list[int]:
-        """Items of each term in this batch."""
-        return [term.count(batch) for term in self.run.terms.values()]
-
-    def _weights(self, progress: float) -> Tensor:
-        """Weight of each term: `[K]`."""
-        return self._sent([schedules.at(o.weight, progress) for o in self.run.objectives])
-
-    def _sent(self, numbers: Sequence[float]) -> Tensor:
-        """Numbers of the host on the device, without waiting for it."""
-        return torch.tensor(numbers, dtype=torch.float32).to(self.args.device, non_blocking=True)
-
-    def _batch(self, inputs: dict[str, Any]) -> Batch:
-        """The training batch in what the row collator made, kept beside it."""
-        if "batch" not in inputs:
-            epoch = int(self.state.epoch or 0)
-            inputs["batch"] = make_batch(inputs, self._plan, seed=self.args.seed, epoch=epoch)
-        return cast("Batch", inputs["batch"])
 
     # Logging and evaluation
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in Trainer, with the unweighted mean of each term beside the training loss."""
+        """As in Trainer, with the mean of each term and each weight that moves beside the loss."""
         if "loss" in logs:
-            logs |= self._ledger.report()
+            logs |= self._ledger.report() | self._weighing.shown()
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -261,15 +218,17 @@ class DistillTrainer(StudentTrainer):
         keep = own_sequences(self.accelerator, len(inputs["input_ids"]))
         batch = make_batch(inputs, self._plan, seed=self.args.seed, epoch=0, keep=keep)
         counts = self._counts(batch)
-        shares = self._weights(1.0) / self._sent(counts).clamp_min(1.0)
-        measure = self.run.teacher_request.logits
-        step = Step(1.0, shares, measure=measure, logits=not prediction_loss_only)
+        items = sent(counts, self.args.device)
+        shares = self._weighing.written(1.0) / items.clamp_min(1.0)
+        told = self.run.measured
+        step = Step(1.0, shares, measure=bool(told), logits=not prediction_loss_only)
         try:
-            loss, sums, _, logits = model(batch, self._source(batch), step)
+            heard = self._taught(batch, self.run.teacher_request)
+            loss, sums, _, logits = model(batch, heard, step)
         finally:
             self.distiller.release()  # else the student could not generate afterwards
-        measured = [len(batch.supervised) if measure else 0] * len(MEASURES)
-        if not measure:
+        measured = [len(batch.supervised) if name in told else 0 for name in MEASURES]
+        if not told:
             sums = torch.cat([sums, sums.new_zeros(len(MEASURES))])
         self._evaluated.add(sums, [*counts, *measured])
         return loss, logits, None if prediction_loss_only else inputs["labels"]

@@ -36,12 +36,14 @@ def calibrated_objectives() -> list[Any]:
     """The same, with what data decides first: a fitted projector, matched heads; and what moves."""
     from llm_distill import AttentionMaps, HiddenStates, Logits, Taid, jsd
     from llm_distill.heads import match
-    from llm_distill.layers import last
+    from llm_distill.layers import last, uniform
+    from llm_distill.objectives import Relations
 
     fitted = HiddenStates(weight=0.2, layers=last, init="least_squares", rows="valid")
-    maps = AttentionMaps(queries=5, rows="valid", heads=match)
+    maps = AttentionMaps(queries=5, rows="valid", heads=match, layers=uniform)
+    relations = Relations(weight=0.1, queries=5, rows="valid")
     moving = Logits(loss=jsd, name="moving", target=Taid(start=0.2, pace=0.3, momentum=0.5))
-    return [*objectives()[:3], fitted, maps, moving]
+    return [*objectives()[:3], fitted, maps, relations, moving]
 
 
 def train(folder: Path, batch: int, accumulation: int, data: Any) -> Any:

@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests import tiny
@@ -45,6 +45,36 @@ def tokenizer(*corpus: str) -> PreTrainedTokenizerFast:
         chat_template="{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}"
         "{% generation %}{{ m.content }}</s>{% endgeneration %}{% else %}{{ m.content }}"
         "{% endif %}{% endfor %}",
+    )
+
+
+FOREIGN = 280
+"""Tokens of `foreign`."""
+
+
+def foreign(side: str = "right") -> PreTrainedTokenizerFast:
+    """Another family: other merges, special tokens at other places, one in front of every text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=FOREIGN,
+        special_tokens=["<end>", "<none>", "<begin>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+        ["zebras doze where lions graze, and lions where zebras do"], trainer
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<begin> $A", special_tokens=[("<begin>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<begin>",
+        eos_token="<end>",
+        pad_token="<none>",
+        padding_side=side,
     )
 
 

@@ -269,6 +269,24 @@ def attention(
     return maps
 
 
+def relation(vectors: Array, position: int, seen: NDArray[np.bool_], heads: int) -> Array:
+    """Wang et al. 2020 (MiniLMv2), arXiv 2012.15828, section 3.1: one query row of each head.
+
+    Vectors are `[T, D]`, all heads joined; the result is `[heads, T]`.
+    """
+    width = vectors.shape[1] // heads
+    rows = np.zeros((heads, len(vectors)))
+    for head in range(heads):
+        part = vectors[:, head * width : (head + 1) * width]
+        scores = [float(np.dot(part[position], other)) / math.sqrt(width) for other in part]
+        visible = [score for score, there in zip(scores, seen, strict=True) if there]
+        total = sum(math.exp(score - max(visible)) for score in visible)
+        for place, score in enumerate(scores):
+            if seen[place]:
+                rows[head, place] = math.exp(score - max(visible)) / total
+    return rows
+
+
 def gradient(function: Callable[[Array], Array], at: Array, step: float = 1e-4) -> Array:
     """Gradient of the sum of the values, by central differences of fourth order."""
     slopes = np.zeros_like(at)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llm_distill.attention_tap import MARK, PREFIX, Tap, clear, discover, install, mark
-from llm_distill.rows import Queries
+from llm_distill.queries import Queries
 from tests import tiny
 
 
@@ -14,7 +14,8 @@ def queries(*positions: list[int]) -> Queries:
     position = torch.tensor(positions)
     used = torch.ones_like(position, dtype=torch.bool)
     flat = torch.arange(position.numel())
-    return Queries(position, used, (position.shape[1],) * len(position), flat)
+    count = position.numel()
+    return Queries(position, used, (position.shape[1],) * len(position), flat, used.float(), count)
 
 
 BASES = [
@@ -110,7 +111,7 @@ def test_masks_of_flash_attention_are_rebuilt(mask: str, window: int | None) -> 
     query, key = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)
     keys = None if mask == "none" else torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
     tap = Tap(queries=queries([1, 5], [2, 3]), open=True)
-    tap.take(module, query, key, keys, {"is_causal": True, "sliding_window": window})
+    tap.take(module, (query, key, key), keys, {"is_causal": True, "sliding_window": window})
     assert tap.caught is not None
     assert tap.queries is not None
     visible = tap.caught.maps(tap.queries) > 0

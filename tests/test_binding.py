@@ -13,7 +13,7 @@ from llm_distill.collation import RowCollator
 from llm_distill.data import Collator
 from llm_distill.errors import InputError
 from llm_distill.objectives import QueryPlan
-from llm_distill.rows import Queries
+from llm_distill.queries import Queries
 from llm_distill.signals import ModelSpec, Request
 from tests import tiny
 
@@ -33,10 +33,11 @@ class TestBind:
 
     def test_trained_parts_come_from_the_seed_alone(self) -> None:
         torch.manual_seed(1)
-        first = bind(HiddenStates())["HiddenStates"].state_dict()
+        first = dict(bind(HiddenStates())["HiddenStates"].named_parameters())
         torch.manual_seed(2)
-        again = bind(HiddenStates())["HiddenStates"].state_dict()
-        other = bind(HiddenStates(), seed=1)["HiddenStates"].state_dict()
+        again = dict(bind(HiddenStates())["HiddenStates"].named_parameters())
+        other = dict(bind(HiddenStates(), seed=1)["HiddenStates"].named_parameters())
+        assert first
         assert all(torch.equal(first[name], again[name]) for name in first)
         assert not any(torch.equal(first[name], other[name]) for name in first)
 
@@ -110,7 +111,7 @@ class TestDescribe:
         objectives = (
             CrossEntropy(weight=0.1),
             Logits(temperature=2.0),
-            HiddenStates(weight=falling),
+            HiddenStates(weight=falling, layers=layer_maps.uniform),
         )
         assert binding.describe(objectives, bind(*objectives)).splitlines() == [
             "CrossEntropy: weight 0.1",
@@ -175,6 +176,21 @@ class TestMakeBatch:
         whole = self.queries()
         assert batch.queries.per_sequence == (*whole.per_sequence[:keep], *[0] * (4 - keep))
         assert batch.queries.position[:keep].tolist() == whole.position[:keep].tolist()
+
+
+    @pytest.mark.parametrize("keep", [None, 0, 2])
+    def test_the_teachers_own_batch_has_the_same_sequences(self, keep: int | None) -> None:
+        collated, other = self.collated(), self.collated()
+        given = collated | {"theirs": other}
+        batch = binding.make_batch(given, QueryPlan(3, "valid"), seed=5, epoch=2, keep=keep)
+        theirs = batch.for_teacher
+        assert theirs is batch.theirs
+        assert sorted(batch.inputs) == sorted(theirs.inputs) == ["attention_mask", "input_ids"]
+        assert theirs.valid is not None
+        assert theirs.valid.per_sequence == other["valid"].per_sequence[:keep]
+        assert (theirs.draw.seed, theirs.draw.epoch, theirs.queries) == (5, 2, None)
+        plain = binding.make_batch(collated, None, seed=5, epoch=2)
+        assert plain.for_teacher is plain
 
 
 def test_rows_per_chunk() -> None:

@@ -25,6 +25,7 @@ from llm_distill import heads as head_rules
 from llm_distill.calibration import CALIBRATION_EXAMPLES, calibrate
 from llm_distill.collation import RowCollator
 from llm_distill.data import Collator
+from llm_distill.layers import uniform
 from llm_distill.preparation import Run, prepare_run
 from llm_distill.signals import Request
 from tests import on_disk, tiny
@@ -151,8 +152,8 @@ class TestPrepared:
 
 class TestCalibrated:
     OBJECTIVES = (
-        HiddenStates(init="least_squares"),
-        AttentionMaps(heads=head_rules.match, queries=4),
+        HiddenStates(init="least_squares", layers=uniform, gate=False),
+        AttentionMaps(heads=head_rules.match, queries=4, layers=uniform),
     )
 
     def run(self, tmp_path: Path, *objectives: Any, rows: Any = None) -> tuple[Run, Run]:
@@ -162,13 +163,13 @@ class TestCalibrated:
         given = {"train_dataset": tiny.rows(40) if rows is None else rows}
         before = prepared(model, teacher, *objectives, args=args, **given)
         model.train()
-        source = before.teacher.open(before.teacher_request, args.device)
-        after = calibrate(before, model, source, args)
+        source = before.teacher.open(before.opening_request, args.device)
+        after = calibrate(before, model, source, args, DistillTrainer)
         assert model.training
         return before, after
 
     def test_most_runs_need_none(self, tmp_path: Path) -> None:
-        before, after = self.run(tmp_path, Logits(), HiddenStates())
+        before, after = self.run(tmp_path, Logits(), HiddenStates(layers=uniform))
         assert after is before
 
     def test_it_is_the_same_again_and_said(self, tmp_path: Path) -> None:
@@ -191,8 +192,8 @@ class TestCalibrated:
             for block in model.model.layers:
                 block.self_attn.attention_dropout = dropout
             run = prepared(model, teacher, *self.OBJECTIVES, args=args, train_dataset=tiny.rows(8))
-            source = run.teacher.open(run.teacher_request, args.device)
-            notes.append(calibrate(run, model, source, args).terms["HiddenStates"].notes)
+            source = run.teacher.open(run.opening_request, args.device)
+            notes.append(calibrate(run, model, source, args, DistillTrainer).terms["HiddenStates"].notes)
         assert notes[0] == notes[1]
 
     def test_the_first_examples_decide(self, tmp_path: Path) -> None:
@@ -228,7 +229,7 @@ class TestCalibrated:
             trainer = DistillTrainer(
                 tiny.llama("student"),
                 tiny.llama("teacher"),
-                [HiddenStates(init=init)],
+                [HiddenStates(init=init, layers=uniform)],
                 tiny.arguments(tmp_path, max_steps=1),
                 train_dataset=tiny.rows(8),
             )

@@ -166,6 +166,37 @@ def test_gradients_equal_eager_attention(family: str, checkpointing: bool) -> No
             assert torch.allclose(a.grad, b.grad, atol=bound), name
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_relations_keep_whole_vectors_of_their_blocks_alone(
+    checkpointing: bool, teacher: Any
+) -> None:
+    """Gradients flow through all three, with and without recomputation."""
+    if checkpointing:
+        teacher.activation_checkpointing_enable({"use_reentrant": False})
+        teacher.train()
+    batch = batch_of(teacher)
+    request = Request(heads=frozenset({1}), relations=frozenset({3}))
+    reader = Reader(teacher, request, "teacher")
+    signals = reader.read(batch)
+    assert signals.heads(1).value is None
+    assert signals.heads(1).whole_query is None
+    block = signals.heads(3)
+    assert block.whole_query is not None
+    assert block.value is not None
+    assert batch.queries is not None
+    place = batch.queries.position[:, None, :, None].expand_as(block.query)
+    assert torch.equal(block.whole_query.gather(2, place), block.query)
+    total = torch.zeros(())
+    for kind in ("query", "key", "value"):
+        total = total + block.relation(kind, 2, batch.queries).maps(batch.queries).square().sum()  # type: ignore[arg-type]  # words, which mypy calls str
+    total.backward()
+    reader.release()
+    own = teacher.model.layers[2].self_attn
+    for projection in (own.q_proj, own.k_proj, own.v_proj):
+        assert projection.weight.grad.any()
+    assert teacher.model.layers[3].self_attn.q_proj.weight.grad is None
+
+
 def test_only_asked_signals_are_kept(teacher: Any) -> None:
     reader = Reader(teacher, Request(hidden=frozenset({2})), "teacher")
     signals = reader.read(batch_of(teacher))

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from llm_distill.collation import RowCollator, first_batch
 from llm_distill.data import Collator
+from llm_distill.data.retokenize import Retokenizer
 from llm_distill.errors import InputError
 from llm_distill.rows import example_keys, supervised_rows
+from tests import on_disk
 from tests.test_rows import SEQUENCES, Side, batch, said
 
 
@@ -112,3 +114,55 @@ class TestFirstBatch:
 
     def test_without_examples_there_is_nothing_to_say(self) -> None:
         assert first_batch(self.COLLATOR, [], rows_needed=True) is None
+
+
+class TestTheirs:
+    """The teacher's own batch, where its tokenizer is another."""
+
+    OURS, THEIRS = on_disk.tokenizer(), on_disk.foreign("left")
+    TEXTS = ("the cat sat on the mat", "", "a dog")
+
+    def made(self, side: str) -> dict[str, Any]:
+        retell = Retokenizer(ours=self.OURS, theirs=self.THEIRS)
+        own = RowCollator(
+            Collator(pad_token_id=0, padding_side=side),
+            shift=True,
+            valid=True,
+            theirs=RowCollator(retell, shift=True, valid=True),
+        )
+        ids = [[*self.OURS(text).input_ids, self.OURS.eos_token_id] for text in self.TEXTS]
+        return own([{"input_ids": tokens} for tokens in ids])
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_it_has_the_same_sequences_and_rows_of_its_own(self, side: str) -> None:
+        made = self.made(side)
+        theirs = made["theirs"]
+        texts = [[*self.THEIRS(text).input_ids, 0] if text else [] for text in self.TEXTS]
+        assert theirs["valid"].per_sequence == tuple(map(len, texts))
+        assert theirs["valid"].token.tolist() == [token for text in texts for token in text]
+        assert theirs["rows"].per_sequence == (0, 0, 0)
+        assert len(made["valid"].per_sequence) == 3
+        assert made["valid"].per_sequence != theirs["valid"].per_sequence
+        assert theirs["keys"] != made["keys"]
+
+    def test_its_padding_is_its_own(self) -> None:
+        """The teacher's is on the left, so that its positions count from the first real token."""
+        theirs = self.made("right")["theirs"]
+        assert theirs["attention_mask"][2].tolist() == sorted(theirs["attention_mask"][2].tolist())
+        first = int(theirs["attention_mask"][2].argmax())
+        assert theirs["position_ids"][2, first:].tolist() == list(
+            range(theirs["input_ids"].shape[1] - first)
+        )
+        assert "position_ids" not in self.made("right")
+
+    def test_a_batch_without_a_mask_is_all_text(self) -> None:
+        ids = torch.tensor([self.OURS("the cat").input_ids])
+        retell = RowCollator(
+            Retokenizer(ours=self.OURS, theirs=self.THEIRS), shift=True, valid=True
+        )
+        given = {"input_ids": ids, "labels": ids}
+        made = RowCollator(lambda examples: given, shift=True, valid=True, theirs=retell)([])
+        assert made["theirs"]["input_ids"].tolist() == [self.THEIRS("the cat").input_ids]
+
+    def test_nothing_is_made_where_nobody_asks(self) -> None:
+        assert "theirs" not in collator("right")([])

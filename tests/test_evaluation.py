@@ -1,14 +1,24 @@
 """Sums and counts over an evaluation, and the figures made of them."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import TrainingArguments
 
-from llm_distill.evaluation import MEASURES, Tally, evaluation_metrics, own_sequences
+from llm_distill.errors import InputError
+from llm_distill.evaluation import (
+    MEASURES,
+    Tally,
+    evaluation_metrics,
+    own_sequences,
+    settle_best_metric,
+)
+from tests import tiny
 
 CPU = torch.device("cpu")
 
@@ -149,3 +159,47 @@ class TestRepeatedSequences:
         state = SimpleNamespace(end_of_dataloader=end, remainder=remainder)
         run: Any = SimpleNamespace(gradient_state=state, num_processes=ranks, process_index=rank)
         assert own_sequences(run, 2) == expected
+
+
+class TestBestMetric:
+    """Without a common vocabulary there is no KL; the rest is told in test_arguments."""
+
+    BEST: ClassVar[dict[str, Any]] = {
+        "load_best_model_at_end": True,
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+    }
+
+    def settled(
+        self, folder: Path, evaluation: Any = None, *, compared: bool = False, **changes: Any
+    ) -> TrainingArguments:
+        args = tiny.arguments(folder, **changes)
+        settle_best_metric(args, evaluation, compared=compared)
+        return args
+
+    def test_the_best_model_has_the_lowest_loss(self, tmp_path: Path) -> None:
+        args = self.settled(tmp_path, **self.BEST)
+        assert (args.metric_for_best_model, args.greater_is_better) == ("eval_loss", False)
+        args = self.settled(tmp_path, {"a": 1, "b": 2}, **self.BEST)
+        assert args.metric_for_best_model == "eval_a_loss"
+        assert self.settled(tmp_path).metric_for_best_model is None
+
+    @pytest.mark.parametrize(
+        "metric", ["eval_loss", "eval_perplexity", "entropy", "f1", "bleu_kl2"]
+    )
+    def test_a_figure_that_there_is_stays(self, metric: str, tmp_path: Path) -> None:
+        args = self.settled(tmp_path, metric_for_best_model=metric)
+        assert args.metric_for_best_model == metric
+
+    @pytest.mark.parametrize(
+        "metric", ["kl", "eval_kl", "eval_a_kl", "agreement", "eval_teacher_perplexity"]
+    )
+    def test_one_that_there_is_not_is_refused(self, metric: str, tmp_path: Path) -> None:
+        with pytest.raises(
+            InputError,
+            match=f"metric_for_best_model is '{metric}'.*different tokenizers; write "
+            "eval_loss, or eval_perplexity",
+        ):
+            self.settled(tmp_path, metric_for_best_model=metric)
+        same = self.settled(tmp_path, compared=True, metric_for_best_model=metric)
+        assert same.metric_for_best_model == metric

@@ -1,7 +1,7 @@
 """One global batch gives one result, however it is split over micro-batches, ranks and shards.
 
 Three steps of SGD at 1e-2 in fp32 with all three signals, random and fitted projectors, matched
-heads, very uneven token counts, and rows, whole micro-batches and ranks without any supervised
+heads, relations, very uneven token counts, and rows, whole micro-batches and ranks without any supervised
 token. Bound: 3e-7 in every weight.
 """
 
@@ -16,7 +16,15 @@ from tests.exactness_worker import EMPTY
 from tests.launch import launch
 
 BOUND = 3e-7
-NAMES = ("CrossEntropy", "Logits", "HiddenStates", "HiddenStates.2", "AttentionMaps", "moving")
+NAMES = (
+    "CrossEntropy",
+    "Logits",
+    "HiddenStates",
+    "HiddenStates.2",
+    "AttentionMaps",
+    "Relations",
+    "moving",
+)
 BESIDE = {"loss", "target/moving", "kl", "agreement", "entropy"}
 
 pytestmark = pytest.mark.distributed

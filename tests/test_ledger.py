@@ -1,6 +1,7 @@
 """What is counted between two logs, and what the terms hear of each step."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,13 +10,14 @@ from torch import Tensor
 from transformers import TrainerControl, TrainerState
 
 from llm_distill import CrossEntropy, HiddenStates, Logits, Taid
+from llm_distill.balance import gradient, uncertainty
 from llm_distill.binding import bind
 from llm_distill.distiller import Outcome
 from llm_distill.faults import CONTEXT, FIELDS
 from llm_distill.ledger import AfterStep, Ledger, Ranks, logs_next
 from llm_distill.objectives import MEASURES, Term
 from llm_distill.objectives.moving import MovingTerm
-from llm_distill.signals import ModelSpec
+from llm_distill.signals import ModelSpec, Request
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -159,6 +161,82 @@ class TestAfterStep:
         state = TrainerState(global_step=3, max_steps=4)
         AfterStep(kept).on_step_end(tiny.arguments("out"), state, TrainerControl())
         assert float(self.moving(kept).mix) == pytest.approx(0.2 + 0.8 * 0.75)
+
+
+class Watching(Term):
+    """Hears what it observed."""
+
+    observes = 2
+
+    def __init__(self) -> None:
+        super().__init__(Request(), Request())
+        self.heard: list[tuple[float, list[float]]] = []
+
+    def after_step(self, value: Tensor, progress: float, observed: Tensor | None = None) -> None:
+        assert observed is not None
+        self.heard.append((float(value), observed.tolist()))
+
+
+class TestObserved:
+    def watching(self, ranks: int = 1) -> tuple[Ledger, Watching]:
+        term = Watching()
+        kept = {"CrossEntropy": terms()["CrossEntropy"], "watching": term}
+        return Ledger(kept, Ranks(CPU, lambda values: values * ranks, torch.clone)), term
+
+    def observe(self, term: Watching, *values: float) -> None:
+        assert term.observed is not None
+        term.observed += torch.tensor(values)
+
+    def test_sums_are_over_micro_batches_and_ranks_and_start_anew(self) -> None:
+        kept, term = self.watching(ranks=2)
+        for first, second in ((1.0, 4.0), (2.0, 8.0)):
+            self.observe(term, first, second)
+            add(kept, 1.0, 6.0, rows=2, items=8.0)
+        kept.after_step(0.5)
+        kept.after_step(0.5)
+        assert term.heard == [(3.0, [6.0, 24.0]), (0.0, [0.0, 0.0])]
+
+    def test_it_is_no_part_of_the_state(self) -> None:
+        """DDP replaces buffers by rank 0's before every forward."""
+        _, term = self.watching()
+        assert term.observed is not None
+        assert (term.observed.shape, term.observed.dtype) == ((2,), torch.float32)
+        assert term.state_dict() == {}
+        assert not list(term.buffers())
+
+    @pytest.mark.parametrize("forget", [Ledger.reset, Ledger.forget_observed])
+    def test_it_is_forgotten_in_place(self, forget: Callable[[Ledger], None]) -> None:
+        """Hooks may hold on to it."""
+        kept, term = self.watching()
+        held = term.observed
+        self.observe(term, 1.0, 2.0)
+        forget(kept)
+        assert term.observed is held
+        kept.after_step(0.5)
+        assert term.heard == [(0.0, [0.0, 0.0])]
+
+    def test_most_observe_nothing_and_are_no_gates(self) -> None:
+        kept = ledger()
+        assert all(term.observed is None for term in kept._terms.values())
+        assert all(term.factor() is None for term in kept._terms.values())
+
+
+class TestBalance:
+    def test_it_hears_the_means_of_the_whole_step(self) -> None:
+        balance = uncertainty(terms(), 2, learning_rate=0.1)
+        kept = Ledger(terms(), Ranks(CPU, lambda values: 2 * values, torch.clone), balance)
+        add(kept, 1.5, 2.0, rows=3, items=8.0)
+        add(kept, 0.5, 4.0, rows=1, items=8.0)
+        kept.after_step(0.5)
+        state = balance.state_dict()["s"]
+        assert state.tolist() == pytest.approx([-0.1 * (1 - 0.5), -0.1 * (1 - 1.5)])
+
+    def test_one_that_does_not_listen_costs_no_sum_over_ranks(self) -> None:
+        def never(values: Tensor) -> Tensor:
+            raise AssertionError(values)
+
+        kept = Ledger(terms(), Ranks(CPU, never, never), gradient(terms(), 2))
+        kept.after_step(0.5)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llm_distill.evaluation import OWN
 from llm_distill.losses.projection import Projection
 from llm_distill.losses.sparse import Counts, TopK
 from llm_distill.measures import entropy, measures, unknown
@@ -46,6 +47,17 @@ def test_a_whole_teacher(ours: int, theirs: int, dense: bool) -> None:
     }
     for name in MEASURES:
         assert torch.allclose(got[name], expected[name], rtol=1e-12, atol=1e-12), name
+
+
+def test_a_teacher_of_other_tokens_tells_nothing() -> None:
+    """What the student says of itself is left."""
+    s = draw(9, 0)
+    found = measures(None, 9)
+    got = {k: t(s, None, LABELS) for k, t in zip(MEASURES, found, strict=True)}
+    whole = measured(s, s, Dense(s))
+    for name in OWN:
+        assert torch.equal(got[name], whole[name])
+    assert all(got[name].isnan().all() for name in MEASURES if name not in OWN)
 
 
 def test_agreement_is_one_and_kl_zero_for_equal_models() -> None:

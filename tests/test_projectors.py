@@ -1,11 +1,23 @@
 """Projectors, and their closed-form start against NumPy's least squares."""
 
+import copy
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from llm_distill.projectors import fit_least_squares, identity, linear
+from llm_distill.projectors import (
+    fit,
+    fit_least_squares,
+    fit_procrustes,
+    identity,
+    linear,
+    mlp,
+    none,
+    orthogonal,
+)
 
 
 def data(rows: int = 60, *, student: int = 6, teacher: int = 4) -> tuple[Tensor, Tensor]:
@@ -112,3 +124,138 @@ def test_states_and_projectors_of_other_dtypes(dtype: torch.dtype) -> None:
     )
     assert projector.weight.dtype == torch.float32
     assert projector.weight.requires_grad
+
+
+WIDTHS = [(6, 4), (4, 6), (5, 5)]
+
+
+def rigid(student: int, teacher: int) -> nn.Linear:
+    """An orthogonal projector in float64."""
+    torch.manual_seed(3)
+    module = orthogonal(student, teacher).double()
+    assert isinstance(module, nn.Linear)
+    longer = max(student, teacher)
+    basis = torch.linalg.qr(torch.randn(longer, longer, dtype=torch.float64)).Q
+    module.weight = basis[:teacher, :student].contiguous()  # exact to float64
+    return module
+
+
+def crooked(weight: Tensor) -> float:
+    """How far the shorter side is from orthonormal."""
+    tall = weight if len(weight) >= weight.shape[1] else weight.T
+    gram = tall.detach().T @ tall.detach()
+    return float((gram - torch.eye(len(gram), dtype=gram.dtype)).abs().max())
+
+
+class TestMlp:
+    def test_two_layers_with_a_gelu(self) -> None:
+        module, x = mlp(4, 8, hidden=5), torch.randn(3, 4)
+        first, second = (m for m in module.modules() if isinstance(m, nn.Linear))
+        inner = x @ first.weight.T + first.bias
+        inner = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
+        torch.testing.assert_close(module(x), inner @ second.weight.T + second.bias)
+        assert first.out_features == 5
+
+    def test_its_hidden_width(self) -> None:
+        assert next(mlp(4, 8).parameters()).shape == (8, 4)
+        assert next(mlp(8, 4).parameters()).shape == (8, 8)
+        with pytest.raises(ValueError, match="mlp has hidden=0; write a width from 1 on"):
+            mlp(4, 8, hidden=0)
+
+
+def test_none_takes_any_widths() -> None:
+    states = torch.randn(3, 4)
+    assert none(4, 8)(states) is states
+
+
+@pytest.mark.parametrize(("student", "teacher"), WIDTHS)
+class TestOrthogonal:
+    def test_it_stays_orthonormal_while_it_is_trained(self, student: int, teacher: int) -> None:
+        module = rigid(student, teacher)
+        x, y = data(student=student, teacher=teacher)
+        optimizer = torch.optim.SGD(module.parameters(), lr=1e-2)
+        first = module.weight.detach().clone()
+        losses = []
+        for _ in range(30):
+            optimizer.zero_grad()
+            loss = (module(x) - y).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0]
+        assert crooked(module.weight) < 1e-12
+        assert not torch.allclose(module.weight, first)
+
+    def test_it_keeps_lengths_where_there_is_room(self, student: int, teacher: int) -> None:
+        module, x = rigid(student, teacher), data(student=student)[0]
+        moved = (module(x) - module.bias).norm(dim=-1)
+        if teacher >= student:
+            torch.testing.assert_close(moved, x.norm(dim=-1))
+        else:
+            assert (moved <= x.norm(dim=-1) + 1e-12).all()
+
+    def test_copies_and_checkpoints(self, student: int, teacher: int) -> None:
+        module, x = rigid(student, teacher), data(student=student)[0]
+        twin, other = copy.deepcopy(module), orthogonal(student, teacher).double()
+        other.load_state_dict(module.state_dict())
+        for loaded in (twin, other):
+            assert torch.equal(loaded(x), module(x))
+        trained = [name for name, p in module.named_parameters() if p.requires_grad]
+        assert sorted(trained) == ["bias", "parametrizations.weight.original"]
+
+    def test_the_nearest_rigid_map_is_found(self, student: int, teacher: int) -> None:
+        """Data that a rigid map made: nothing is left, unless there was a choice of subspace."""
+        truth, module = rigid(student, teacher), orthogonal(student, teacher).double()
+        x = data(student=student)[0]
+        y = (truth(x) + 7).detach()
+        left = fit(module, x, y)
+        assert left < (1e-20 if teacher >= student else 1e-6)
+        torch.testing.assert_close(module(x), y, rtol=1e-2, atol=1e-2)
+
+    def test_no_turn_of_it_is_better(self, student: int, teacher: int) -> None:
+        """On data without a solution: small rotations in every plane lose."""
+        module = rigid(student, teacher)
+        x, y = data(student=student, teacher=teacher)
+        left = fit(module, x, y)
+        weight = module.weight.detach()
+        assert crooked(weight) < 1e-12
+        x, y = x - x.mean(0), y - y.mean(0)
+
+        def share(turned: Tensor) -> float:
+            return float((y - x @ turned.T).square().sum() / y.square().sum())
+
+        assert left == pytest.approx(share(weight), rel=1e-9)
+        for side, size in (("left", teacher), ("right", student)):
+            for i, j in itertools.combinations(range(size), 2):
+                for angle in (-0.05, 0.05):
+                    turn = torch.zeros(size, size, dtype=weight.dtype)
+                    turn[i, j], turn[j, i] = angle, -angle
+                    turn = torch.linalg.matrix_exp(turn)
+                    other = turn @ weight if side == "left" else weight @ turn
+                    assert share(other) > left - 1e-9
+
+    def test_fitting_draws_none_of_others_random_numbers(self, student: int, teacher: int) -> None:
+        module, (x, y) = rigid(student, teacher), data(student=student, teacher=teacher)
+        torch.manual_seed(1)
+        expected = torch.rand(3)
+        torch.manual_seed(1)
+        fit_procrustes(module, x, y)
+        assert torch.equal(torch.rand(3), expected)
+
+
+class TestFit:
+    def test_linear_is_the_ridge_optimum(self) -> None:
+        x, y = data()
+        one, other = affine(), affine()
+        assert fit(one, x, y) == fit_least_squares(other, x, y)
+        assert torch.equal(one.weight, other.weight)
+
+    @pytest.mark.parametrize(
+        "projector",
+        [mlp(6, 4), identity(6, 6), none(6, 4), nn.Linear(6, 4, bias=False)],
+        ids=["mlp", "identity", "none", "no bias"],
+    )
+    def test_others_have_no_closed_form(self, projector: nn.Module) -> None:
+        name = type(projector).__name__
+        with pytest.raises(ValueError, match=f"{name} has no closed-form optimum; write projector"):
+            fit(projector, *data())

@@ -1,6 +1,7 @@
 """What reaches the Hub, through the real client: a plain student, its tokenizer, its card."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import datasets
 import pytest
 from huggingface_hub import ModelCard
 
-from llm_distill import CrossEntropy, DistillTrainer, FromConfig, HiddenStates, Logits
+from llm_distill import CrossEntropy, DistillTrainer, FromConfig, FromTeacher, HiddenStates, Logits
 from llm_distill.card import DataFacts
 from llm_distill.publishing import (
     data_facts,
@@ -94,6 +95,9 @@ def test_facts_of_models(student: Any) -> None:
 
     named = ModelSpec.of(student.config, "Qwen/Qwen3-0.6B")
     assert model_facts(Local(student), named, None).origin == "hub"
+
+    cut = model_facts(FromTeacher(depth=2), replace(named, blocks=(1, 4)), None)
+    assert (cut.name, cut.origin) == ("blocks 1, 4", "cut")
 
 
 def test_facts_of_objectives() -> None:

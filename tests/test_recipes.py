@@ -45,7 +45,9 @@ def tiny_version(recipe: Path, models: Path, out: Path) -> dict[str, Any]:
     content = document.read(recipe)
     data = {"path": str(models / "data.jsonl"), "eval": 0.25, "max_length": 32}
     student = content["student"]
-    if isinstance(student, dict):  # a named architecture stays what it is
+    if isinstance(student, dict) and "FromTeacher" in student:  # of a teacher of four blocks
+        student = {"FromTeacher": {**student["FromTeacher"], "depth": 2}}
+    elif isinstance(student, dict):  # a named architecture stays what it is
         student = document.parse(
             "{FromConfig: {architecture: llama, config: {hidden_size: 32, intermediate_size: 64, "
             "num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, head_dim: 8}}}",

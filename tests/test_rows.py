@@ -1,4 +1,4 @@
-"""Rows and queries: shift, padding, sampling."""
+"""Rows: shift and padding."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from llm_distill.queries import sample_queries
 from llm_distill.rows import (
     IGNORED,
     Batch,
-    Queries,
     Rows,
     example_keys,
-    sample_queries,
     supervised_rows,
     valid_rows,
 )
@@ -200,147 +199,6 @@ def test_keys_of_other_tokens_differ() -> None:
     assert len(set(keys)) == 3
     assert keys[0] == keys[3]
     assert len(example_keys(torch.tensor([[PAD, PAD]]), torch.tensor([[0, 0]]))) == 1
-
-
-def places(queries: Queries) -> list[list[int]]:
-    """The positions that count, of each sequence."""
-    return [p[u].tolist() for p, u in zip(queries.position, queries.used, strict=True)]
-
-
-def many(
-    side: Side, width: int, *, rows_each: Sequence[int] = (20, 3, 11, 0)
-) -> tuple[Rows, tuple[int, ...]]:
-    """Rows and keys of sequences with these numbers of supervised tokens."""
-    sequences = [[100 * k + j for j in range(n + 1)] for k, n in enumerate(rows_each)]
-    ids, mask = (
-        padded(sequences, PAD, side, width),
-        padded([[1] * len(s) for s in sequences], 0, side, width),
-    )
-    labels = padded(sequences, IGNORED, side, width)
-    return supervised_rows(ids, mask, labels, shift=True), example_keys(ids, mask)
-
-
-def test_queries_are_rows_in_ascending_order() -> None:
-    rows, keys = many("right", 25)
-    queries = sample_queries(rows, keys, most=5, seed=1, epoch=0)
-    assert queries.per_sequence == (5, 3, 5, 0)
-    assert len(queries) == 13
-    assert queries.position.shape == queries.used.shape == (4, 5)
-    for number, chosen in enumerate(places(queries)):
-        own = rows.position[rows.sequence == number].tolist()
-        assert set(chosen) <= set(own)
-        assert chosen == sorted(set(chosen))
-    assert torch.equal(queries.flat, queries.used.flatten().nonzero()[:, 0])
-
-
-def test_unused_places_repeat_a_real_query() -> None:
-    rows, keys = many("left", 25)
-    queries = sample_queries(rows, keys, most=5, seed=1, epoch=0)
-    assert queries.position[1, 3:].tolist() == [queries.position[1, 0].item()] * 2
-    assert queries.position[3].tolist() == [0] * 5
-    assert not queries.used[3].any()
-
-
-@pytest.mark.parametrize("most", [None, 20, 1000])
-def test_all_rows_where_they_fit(most: int | None) -> None:
-    rows, keys = many("left", 25)
-    queries = sample_queries(rows, keys, most=most, seed=1, epoch=0)
-    assert queries.per_sequence == rows.per_sequence
-    assert [p for chosen in places(queries) for p in chosen] == rows.position.tolist()
-
-
-def test_queries_depend_on_seed_example_and_epoch_alone() -> None:
-    rows, keys = many("right", 25)
-    start = [0, 0, 0, 0]
-    base = places(sample_queries(rows, keys, most=4, seed=1, epoch=2))
-    assert places(sample_queries(rows, keys, most=4, seed=1, epoch=2)) == base
-    torch.manual_seed(99)  # the global generator has no say
-    for side, width in (("left", 25), ("left", 40), ("right", 40)):
-        other, its_keys = many(side, width)  # type: ignore[arg-type]  # words, which mypy calls str
-        start = [width - n if side == "left" else 0 for n in (21, 4, 12, 1)]
-        found = places(sample_queries(other, its_keys, most=4, seed=1, epoch=2))
-        assert [[p - s for p in c] for c, s in zip(found, start, strict=True)] == base
-    assert places(sample_queries(rows, keys, most=4, seed=2, epoch=2)) != base
-    assert places(sample_queries(rows, keys, most=4, seed=1, epoch=3)) != base
-
-
-def test_other_examples_draw_other_queries() -> None:
-    rows, keys = many("right", 25, rows_each=(20, 20))
-    drawn = [places(sample_queries(rows, keys, most=4, seed=1, epoch=epoch)) for epoch in range(5)]
-    assert any(first != second for first, second in drawn)
-
-
-def test_no_row_is_drawn_twice() -> None:
-    rows, keys = many("right", 25, rows_each=(20,))
-    for epoch in range(20):
-        chosen = places(sample_queries(rows, keys, most=15, seed=1, epoch=epoch))[0]
-        assert chosen == sorted(set(chosen))
-        assert len(chosen) == 15
-
-
-def test_queries_do_not_depend_on_the_rest_of_the_batch() -> None:
-    rows, keys = many("right", 25)
-    together = places(sample_queries(rows, keys, most=4, seed=1, epoch=0))
-    alone = places(sample_queries(rows.first(1), keys[:1], most=4, seed=1, epoch=0))
-    assert alone == together[:1]
-
-
-def test_sampling_leaves_the_global_generator_alone() -> None:
-    rows, keys = many("right", 25)
-    before = torch.random.get_rng_state()
-    sample_queries(rows, keys, most=4, seed=1, epoch=0)
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-def test_every_row_is_drawn_equally_often() -> None:
-    """Over 2,000 epochs each of 20 rows is in a sample of 5 with probability 1/4, to 5 sigma."""
-    rows, keys = many("right", 25, rows_each=(20,))
-    epochs, counts = 2000, torch.zeros(21)
-    for epoch in range(epochs):
-        queries = sample_queries(rows, keys, most=5, seed=7, epoch=epoch)
-        counts[queries.position[0]] += 1
-    sigma = (0.25 * 0.75 / epochs) ** 0.5
-    assert (counts[:20] / epochs - 0.25).abs().max() < 5 * sigma
-    assert counts[20] == 0  # the last position predicts nothing
-
-
-def test_no_rows_at_all_keep_one_unused_place() -> None:
-    rows, keys = many("right", 3, rows_each=(0, 0))
-    queries = sample_queries(rows, keys, most=4, seed=1, epoch=0)
-    assert queries.position.shape == (2, 1)
-    assert len(queries) == 0
-    assert queries.flat.shape == (0,)
-
-
-def test_no_sequences_at_all() -> None:
-    nothing = torch.zeros(0, 4, dtype=torch.long)
-    queries = sample_queries(valid_rows(nothing, None), (), most=4, seed=1, epoch=0)
-    assert len(queries) == 0
-    assert queries.position.shape == (0, 1)
-
-
-def test_keys_for_each_sequence_are_needed() -> None:
-    rows, keys = many("right", 25)
-    with pytest.raises(ValueError, match="shorter than"):
-        sample_queries(rows, keys[:-1], most=4, seed=1, epoch=0)
-
-
-@pytest.mark.parametrize("chunk", [1, 2, 3, 20, 50])
-def test_parts_of_the_queries_agree_with_the_whole(chunk: int) -> None:
-    rows, keys = many("right", 25)
-    queries = sample_queries(rows, keys, most=None, seed=1, epoch=0)
-    width = queries.position.shape[1]
-    assert torch.equal(queries.flat_of(slice(None)), queries.flat)
-    found: list[tuple[int, int]] = []
-    for start in range(0, width, chunk):
-        part = slice(start, min(start + chunk, width))
-        columns = len(range(width)[part])
-        flat = queries.flat_of(part)
-        used = queries.used[:, part].flatten().nonzero()[:, 0]
-        assert torch.equal(flat, used)
-        found += [(f // columns, start + f % columns) for f in flat.tolist()]
-    whole = [(f // width, f % width) for f in queries.flat.tolist()]
-    assert sorted(found) == whole
 
 
 def test_a_batch_gives_rows_by_kind() -> None:

@@ -9,6 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from llm_distill import CrossEntropy, HiddenStates
+from llm_distill.balance import gradient, normalised, uncertainty
+from llm_distill.balance.base import settle
 from llm_distill.binding import bind
 from llm_distill.distiller import Distiller
 from llm_distill.saving import (
@@ -23,11 +25,14 @@ from llm_distill.signals import ModelSpec
 from tests import tiny
 
 
-def distiller(student: Any = None, wanted: Any = None, seed: int = 0) -> Distiller:
+def distiller(
+    student: Any = None, wanted: Any = None, seed: int = 0, balance: Any = None
+) -> Distiller:
     spec = ModelSpec.of(tiny.llama("student").config, "student")
     teacher = ModelSpec.of(tiny.llama("teacher").config, "teacher")
     terms = bind(wanted or [HiddenStates()], spec, teacher, seed=seed)
-    return Distiller(student if student is not None else tiny.llama("student"), terms, "student")
+    student = student if student is not None else tiny.llama("student")
+    return Distiller(student, terms, "student", balance=settle(balance, terms, spec.depth))
 
 
 def cast_to(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
@@ -53,6 +58,33 @@ def test_gathered_state_is_split(tmp_path: Path) -> None:
     assert all(torch.equal(v, whole[f"student.{k}"]) for k, v in written.items())
     terms = load_file(tmp_path / TERMS_FILE)
     assert all(torch.equal(v, whole[f"terms.{k}"]) for k, v in terms.items())
+
+
+@pytest.mark.parametrize("rule", [normalised, uncertainty, gradient])
+@pytest.mark.parametrize("wanted", [[HiddenStates()], [CrossEntropy()]])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_a_balance_comes_back(tmp_path: Path, rule: Any, wanted: Any, gathered: bool) -> None:
+    """Beside the terms, or alone; as it is, or as FSDP gathers it."""
+    first, second = (distiller(wanted=wanted, balance=rule) for _ in range(2))
+    for value in first.balance.state_dict().values():
+        value.add_(0.5)
+    state = first.state_dict() if gathered else None
+    save_student(first, tmp_path, state)
+    save_terms(first, tmp_path, state)
+    load_terms(second, tmp_path)
+    ours, theirs = first.balance.state_dict(), second.balance.state_dict()
+    assert ours
+    assert all(torch.equal(ours[k].nan_to_num(), theirs[k].nan_to_num()) for k in ours)
+    assert not any("balance" in name for name in load_file(tmp_path / "model.safetensors"))
+
+
+def test_another_balance_is_refused(tmp_path: Path) -> None:
+    save_terms(distiller(balance=uncertainty), tmp_path, None)
+    message = r"of another balance between terms: it has \['balance.s'\], this run none; write the"
+    with pytest.raises(ValueError, match=message):
+        load_terms(distiller(), tmp_path)
+    with pytest.raises(ValueError, match=r"this run \['balance.first', 'balance.running"):
+        load_terms(distiller(balance=normalised), tmp_path)
 
 
 def test_terms_without_weights_need_no_file(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 
 from llm_distill import schedules
-from llm_distill.schedules import at, check, constant, cosine, describe, linear
+from llm_distill.schedules import at, check, constant, cosine, describe, linear, step
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.4, 1.0])
@@ -46,6 +46,30 @@ def test_until_is_a_share_of_the_training(schedule: Callable[..., float], until:
         bound(0.0)
     with pytest.raises(ValueError, match=r"Logits: weight .* at progress 0.0 \(until is"):
         check(bound, "Logits")
+
+
+def test_step_has_two_stages() -> None:
+    bound = partial(step, before=1.0, after=0.25, at=0.3)
+    assert [bound(p) for p in (0.0, 0.2999, 0.3, 1.0)] == [1.0, 1.0, 0.25, 0.25]
+    assert describe(bound) == "step(before=1.0, after=0.25, at=0.3)"
+    check(bound, "HiddenStates")
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 1.5, -0.1, math.nan])
+def test_a_step_is_within_the_training(share: float) -> None:
+    """So both weights are seen by `check`, which looks at both ends."""
+    bound = partial(step, before=1.0, after=0.0, at=share)
+    with pytest.raises(ValueError, match="write a share of the training between 0 and 1"):
+        bound(0.5)
+
+
+@pytest.mark.parametrize(("before", "after"), [(-1.0, 1.0), (1.0, -1.0)])
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.999])
+def test_neither_weight_of_a_step_escapes_the_check(
+    before: float, after: float, share: float
+) -> None:
+    with pytest.raises(ValueError, match=r"weight is -1.0 at progress \d"):
+        check(partial(step, before=before, after=after, at=share), "HiddenStates")
 
 
 def test_at_takes_numbers_and_schedules() -> None:

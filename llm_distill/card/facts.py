@@ -17,13 +17,14 @@ class ModelFacts:
     """A model, and where its weights came from.
 
     Attributes:
-        name: A Hub id, a path, or for random weights the architecture.
-        origin: Which of the three `name` is.
+        name: A Hub id, a path, for random weights the architecture, for a student cut from its
+            teacher which blocks.
+        origin: Which of the four `name` is.
         licence: As its own card says it: `apache-2.0`, or a name of its own.
     """
 
     name: str
-    origin: Literal["hub", "local", "random"]
+    origin: Literal["hub", "local", "random", "cut"]
     revision: str | None = None
     parameters: int | None = None
     licence: str | None = None

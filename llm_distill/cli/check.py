@@ -1,5 +1,6 @@
 """`llm-distill check`: what would be trained, without weights."""
 
+from llm_distill import mapping
 from llm_distill.cli.console import Screen
 from llm_distill.cli.plan import plan
 from llm_distill.recipe import Recipe
@@ -17,5 +18,10 @@ def check(recipe: Recipe) -> None:
     planned = plan(recipe, recipe.arguments(**ON_ANY_MACHINE))
     screen = Screen(speaks=True)
     screen.models(planned.student, planned.teacher)
-    screen.objectives(recipe.objectives, planned.terms)
+    for line in planned.tokenizers.told:
+        screen.say(line)
+    screen.objectives(planned.objectives, planned.terms)
+    screen.balance(planned.balance)
+    if mapping.undecided(planned.objectives):
+        screen.say("Layer maps that data decide: `llm-distill map` shows them before a training.")
     screen.say("The recipe is good. No weights were loaded, no data was read.")

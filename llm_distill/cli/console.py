@@ -7,7 +7,11 @@ from rich.table import Table
 from rich.text import Text
 
 from llm_distill import schedules
+from llm_distill.balance import Balance
+from llm_distill.layers import LayerEvidence, LayerMap, Similarity
+from llm_distill.layers.map import target
 from llm_distill.objectives import Objective, Term, named
+from llm_distill.plots import segments
 from llm_distill.signals import ModelSpec
 
 FIGURES = {
@@ -54,6 +58,33 @@ class Screen:
             table.add_row(name, Text(schedules.describe(objective.weight)), Text(lines))
         self._console.print(table)
 
+    def balance(self, balance: Balance) -> None:
+        """How the weights move; nothing where they do not."""
+        if balance.describe():
+            self.say(f"Balance: {balance.describe()}")
+
+    def layer_map(self, name: str, mapping: LayerMap, evidence: LayerEvidence) -> None:
+        """Which layer learns from which, with the figures that speak for it."""
+        runs = segments(mapping)
+        weighed = len({row.weight for row in mapping.rows}) > 1
+        columns = {
+            "student layer": [str(row.student) for row in mapping.rows],
+            f"teacher layer of {mapping.teacher_depth}": [target(row) for row in mapping.rows],
+            "finishes blocks": [f"{a}-{b}" if a < b else f"{b}" for a, b in runs],
+            "their similarity to its end": _within(runs, evidence.similarity),
+            "similarity to the student's": _between(mapping, evidence.cross),
+            "weight": [f"{row.weight:g}" for row in mapping.rows] if weighed else [],
+        }
+        shown = {head: cells for head, cells in columns.items() if cells}
+        table = _table(*shown)
+        for cells in zip(*shown.values(), strict=True):
+            table.add_row(*map(Text, cells))
+        trained = ", shares are trained" if mapping.trained else ""
+        self.say(f"{name}: {mapping.origin}{trained}")
+        self._console.print(table)
+        for what, figure in mapping.evidence:
+            self.say(f"{what}: {figure:.4g}")
+
     def figures(self, metrics: Mapping[str, float]) -> None:
         """What the evaluation found, the figures people ask for first."""
         table = _table("evaluation", "")
@@ -61,6 +92,25 @@ class Screen:
         for key in order:
             table.add_row(FIGURES.get(key, key.removeprefix("eval_")), f"{metrics[key]:,.4g}")
         self._console.print(table)
+
+
+def _within(runs: Sequence[tuple[int, int]], similarity: Similarity | None) -> list[str]:
+    """Mean similarity of the blocks of each run to its last one."""
+    if similarity is None:
+        return []
+    return [f"{float(similarity.values[a : b + 1, b].mean()):.3f}" for a, b in runs]
+
+
+def _between(mapping: LayerMap, cross: Similarity | None) -> list[str]:
+    """Similarity of each student layer to its target, with the standard error of a single one."""
+    if cross is None:
+        return []
+    found = []
+    for row in mapping.rows:
+        value = sum(share * float(cross.values[row.student, t]) for t, share in row.teacher)
+        single = f" ± {float(cross.errors[row.student, row.layers[0]]):.3f}"
+        found.append(f"{value:.3f}{single if len(row.teacher) == 1 else ''}")
+    return found
 
 
 def _table(*columns: str) -> Table:

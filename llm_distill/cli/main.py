@@ -80,14 +80,16 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Two commands, which read a recipe in the same way."""
+    """Three commands, which read a recipe in the same way."""
     parser = _described(argparse.ArgumentParser(prog="llm-distill", allow_abbrev=False))
     parser.description = "Distil a language model as a recipe says."
     parser.add_argument("--version", action="version", version=f"llm-distill {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | check")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | check | map")
     run = _reading_recipes(commands.add_parser("run", help="train", allow_abbrev=False))
     told = "read the recipe, configs and tokenizers, print what would be trained; no weights"
     _reading_recipes(commands.add_parser("check", help=told, allow_abbrev=False))
+    told = "decide, draw and write which layer learns from which; nothing is trained"
+    _taking_maps(_reading_recipes(commands.add_parser("map", help=told, allow_abbrev=False)))
     kept = run.add_mutually_exclusive_group()
     kept.add_argument(
         "--resume",
@@ -104,8 +106,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _taking_maps(parser: argparse.ArgumentParser) -> None:
+    """What `map` takes."""
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FOLDER",
+        help="where maps and pictures go; by default the recipe's training.output_dir",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace maps that are there and differ"
+    )
+    parser.add_argument(
+        "--no-data",
+        action="store_true",
+        help="load no weights and no data: write maps that need none, and draw nothing",
+    )
+
+
 def _reading_recipes(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """What both commands take."""
+    """What all commands take."""
     parser.add_argument("recipe", help="a YAML file, such as recipes/logits.yaml")
     parser.add_argument(
         "--allow-code",
@@ -134,6 +154,11 @@ def _do(asked: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> None
         from llm_distill.cli.check import check
 
         check(recipe)
+        return
+    if asked.command == "map":
+        from llm_distill.cli.map import map_layers
+
+        map_layers(recipe, folder=asked.output, overwrite=asked.overwrite, reads=not asked.no_data)
         return
     from llm_distill.cli.run import run
 

@@ -12,6 +12,10 @@ from llm_distill.recipe import Recipe
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _UNFINISHED = "checkpoint-is-incomplete.txt"
 _STATE = "trainer_state.json"
+_BEFORE_TRAINING = re.compile(
+    r"map(-.*)?\.(yaml|png)|calibration\.(safetensors|part)|race\.(json|part)"
+)
+"""What `llm-distill map` and calibration write: no training was there."""
 
 
 def start_from(folder: Path, *, resume: str | None, overwrite: bool) -> Path | None:
@@ -31,7 +35,7 @@ def start_from(folder: Path, *, resume: str | None, overwrite: bool) -> Path | N
         return _newest(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"training.output_dir: {folder} is a file; write another folder")
-    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+    if not overwrite and folder.is_dir() and _holds_a_training(folder):
         raise InputError(
             f"training.output_dir: {folder} is not empty; go on with --resume, start anew with "
             "--overwrite, or write another folder"
@@ -51,6 +55,11 @@ def sign(folder: Path, recipe: Recipe) -> None:
     (folder / "recipe.yaml").write_text(recipe.resolved(), encoding="utf-8")
     text = json.dumps(versions(), indent=2) + "\n"
     (folder / "versions.json").write_text(text, encoding="utf-8")
+
+
+def _holds_a_training(folder: Path) -> bool:
+    """Whether there is more than what comes before a training."""
+    return any(not _BEFORE_TRAINING.fullmatch(entry.name) for entry in folder.iterdir())
 
 
 def _newest(folder: Path) -> Path:

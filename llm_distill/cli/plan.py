@@ -8,15 +8,17 @@ from typing import Any
 from transformers import TrainingArguments
 
 from llm_distill import binding
+from llm_distill.arguments import check_arguments
+from llm_distill.balance import Balance
+from llm_distill.balance.base import settle
 from llm_distill.data.files import is_local, missing
 from llm_distill.errors import InputError
 from llm_distill.loading import is_masked
-from llm_distill.objectives import Term
-from llm_distill.preparation import check_arguments
+from llm_distill.objectives import Objective, Term
 from llm_distill.recipe import Recipe
 from llm_distill.signals import ModelSpec
 from llm_distill.students import refuse_adapted_head, student_spec
-from llm_distill.vocabulary import settle_tokenizers
+from llm_distill.vocabulary import Tokenizers, check_alignment, settle_tokenizers
 
 
 @dataclass(frozen=True)
@@ -26,21 +28,30 @@ class Plan:
     Attributes:
         student: Depth, width and heads.
         teacher: The same.
+        objectives: As the recipe has them, with what follows from the two configs.
         terms: The objectives, bound.
-        tokenizer: The one that both models share.
+        balance: Between them.
+        tokenizers: Of both models; the student's is known.
         causal: Whether they predict the next token, rather than masked ones.
     """
 
     student: ModelSpec
     teacher: ModelSpec
+    objectives: tuple[Objective, ...]
     terms: Mapping[str, Term]
-    tokenizer: Any
+    balance: Balance
+    tokenizers: Tokenizers
     causal: bool
+
+    @property
+    def tokenizer(self) -> Any:  # noqa: ANN401  transformers has no common base that types
+        """Of the data and of the student."""
+        return self.tokenizers.ours
 
     @property
     def positions(self) -> int | None:
         """Tokens that a sequence may have; None where neither model has a limit."""
-        return min((s.positions for s in (self.student, self.teacher) if s.positions), default=None)
+        return self.tokenizers.positions(self.student, self.teacher)
 
 
 def plan(recipe: Recipe, args: TrainingArguments) -> Plan:
@@ -54,18 +65,21 @@ def plan(recipe: Recipe, args: TrainingArguments) -> Plan:
     _check_files(recipe)
     student = student_spec(recipe.student, recipe.teacher.config)
     teacher = recipe.teacher.spec
-    terms = binding.bind(recipe.objectives, student, teacher, seed=args.seed)
+    objectives = binding.ready(recipe.objectives, student, teacher)
+    terms = binding.bind(objectives, student, teacher, seed=args.seed)
+    balance = settle(recipe.balance, terms, student.depth)
     causal = not is_masked(recipe.teacher.config)
     if recipe.data.eval is not None or binding.reads_logits(terms):
         adapter = recipe.adapter(causal=causal)
         refuse_adapted_head(recipe.student, recipe.teacher.config, adapter)
-    tokenizer = settle_tokenizers(recipe.student, recipe.teacher, student, None)
-    if tokenizer is None:
+    tokenizers = settle_tokenizers(recipe.student, recipe.teacher, student, None)
+    check_alignment(tokenizers, objectives, terms, causal=causal)
+    if tokenizers.ours is None:
         raise InputError(
             f"neither {student.name} nor {teacher.name} has a tokenizer beside it; write teacher: "
             f"{{Local: {{model: {teacher.name}, tokenizer: …}}}}"
         )
-    return Plan(student, teacher, terms, tokenizer, causal)
+    return Plan(student, teacher, objectives, terms, balance, tokenizers, causal)
 
 
 def _check_evaluation(recipe: Recipe, args: TrainingArguments) -> None:

@@ -1,10 +1,8 @@
 """`llm-distill run`: from a recipe to a student in a folder."""
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
 from transformers import TrainingArguments
 
 from llm_distill import data
@@ -12,6 +10,7 @@ from llm_distill.card import DataFacts, origin_of
 from llm_distill.cli.console import Screen
 from llm_distill.cli.output import clear, sign, start_from
 from llm_distill.cli.plan import Plan, plan
+from llm_distill.cli.reading import open_screen, read_data, trainer_inputs
 from llm_distill.data import Prepared
 from llm_distill.errors import InputError
 from llm_distill.recipe import Recipe
@@ -37,21 +36,16 @@ def run(recipe: Recipe, *, resume: str | None = None, overwrite: bool = False) -
     folder = Path(recipe.training["output_dir"]).expanduser()
     checkpoint = start_from(folder, resume=resume, overwrite=overwrite)
     args = recipe.arguments()
-    first = args.process_index == 0
-    screen = Screen(speaks=first)
-    if not first:
-        datasets.disable_progress_bars()
-        logging.getLogger("llm_distill").setLevel(logging.ERROR)
+    screen = open_screen(args)
     planned = plan(recipe, args)
-    with args.main_process_first(desc="data"):
-        prepared = data.load(recipe.data, planned.tokenizer, max_positions=planned.positions)
-    screen.say(f"Data: {prepared.report}")
-    if prepared.eval_report is not None:
-        screen.say(f"Evaluation: {prepared.eval_report}")
+    prepared = read_data(recipe, args, planned, screen)
     trainer = _trainer(recipe, args, planned, prepared)
     screen.models(planned.student, planned.teacher)
-    screen.objectives(recipe.objectives, trainer.run.terms)
-    if first:
+    for line in trainer.run.told:
+        screen.say(line)
+    screen.objectives(trainer.run.objectives, trainer.run.terms)
+    screen.balance(trainer.distiller.balance)
+    if args.process_index == 0:
         if checkpoint is None:
             clear(folder)
         sign(folder, recipe)
@@ -76,11 +70,8 @@ def _trainer(
             args,
             peft_config=recipe.adapter(causal=planned.causal),
             rows_per_chunk=recipe.rows_per_chunk,
-            train_dataset=prepared.train,
-            eval_dataset=prepared.eval,
-            processing_class=planned.tokenizer,
-            # Given, so that the data is not tokenised a second time.
-            data_collator=data.Collator.of(planned.tokenizer),
+            balance=recipe.balance,
+            **trainer_inputs(planned, prepared),
         )
     except InputError:
         raise

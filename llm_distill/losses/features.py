@@ -3,12 +3,14 @@
 Projection, normalisation and the choice of rows are `llm_distill.HiddenStates`' business.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from llm_distill.losses.softmax import wide
 
-__all__ = ["cosine", "mse"]
+__all__ = ["cosine", "huber", "mse"]
 
 SHORTEST = 1e-6
 """Vectors shorter than this have no direction: the gradient of one grows like 1 / length."""
@@ -39,6 +41,48 @@ def cosine(student: Tensor, teacher: Tensor) -> Tensor:
     tensor([1., 0.])
     """
     return 0.5 * (unit(student) - unit(teacher)).square().sum(-1)
+
+
+def huber(student: Tensor, teacher: Tensor, *, delta: float = 1.0) -> Tensor:
+    """Squared error near 0, absolute error beyond, mean over features: `[N, D], [N, D] -> [N]`.
+
+    Formula: `e^2 / 2` where |e| < delta, `delta (|e| - delta / 2)` elsewhere. One massive
+    activation then counts like its size, not like its square.
+
+    Args:
+        student: Hidden states.
+        teacher: Hidden states.
+        delta: Error at which the square ends, in units of the states.
+
+    Raises:
+        ValueError: If delta is not above 0.
+
+    Source: Huber 1964 (Annals of Mathematical Statistics 35), section 4.
+
+    >>> huber(torch.tensor([[1.0, 4.0]]), torch.tensor([[1.0, 1.0]]))
+    tensor([1.2500])
+    """
+    check_delta("huber", delta)
+    return bent(wide(student) - wide(teacher), delta).mean(-1)
+
+
+def bent(errors: Tensor, delta: float) -> Tensor:
+    """A square near 0, a line of the slope `delta` beyond it: any shape, kept."""
+    sizes = errors.abs()
+    return torch.where(sizes < delta, 0.5 * errors.square(), delta * (sizes - 0.5 * delta))
+
+
+def check_delta(loss: str, delta: float) -> None:
+    """Refuse a Huber threshold that leaves no square.
+
+    Raises:
+        ValueError: If delta is not a number above 0.
+    """
+    if not 0.0 < delta < math.inf:
+        raise ValueError(
+            f"{loss}: delta={delta} is not inside (0, inf); it is the error at which the square "
+            "ends, 1.0 in the papers"
+        )
 
 
 def unit(vectors: Tensor) -> Tensor:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from llm_distill import schedules
@@ -15,7 +13,7 @@ from llm_distill.rows import Batch, RowKind, Step
 from llm_distill.signals import ModelSpec, Request, Signals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from llm_distill.losses.rowwise import RowTerm
 
@@ -56,9 +54,14 @@ class Term(nn.Module):
         queries: The query rows it samples, for terms on attention maps.
         notes: What was decided when it was bound, for the table before training.
         adapts: Whether it wants to hear of its own value after each step.
+        observes: M, sums it takes during the backward of a step; a term with any adapts.
+        observed: `[M]` fp32, where it adds them up. The ledger makes it, and empties it after each
+            step; no buffer, which DDP would replace by rank 0's before every forward.
     """
 
     adapts = False
+    observes = 0
+    observed: Tensor | None = None
 
     def __init__(
         self,
@@ -76,6 +79,11 @@ class Term(nn.Module):
         self.queries = queries
         self.notes = tuple(notes)
 
+    @property
+    def aligned(self) -> bool:
+        """Whether it compares token with token, so that both models need one tokenizer."""
+        return self.teacher != Request()
+
     def count(self, batch: Batch) -> int:
         """Items of this batch, known on the host."""
         if self.queries is not None:
@@ -83,7 +91,7 @@ class Term(nn.Module):
                 raise LookupError(
                     "this batch has no sampled queries; a term on attention maps needs them"
                 )
-            return len(batch.queries)
+            return batch.queries.total
         return len(batch.rows(self.rows))
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, step: Step) -> Tensor:
@@ -93,14 +101,37 @@ class Term(nn.Module):
             "pass over the head, other terms write one"
         )
 
-    def after_step(self, value: Tensor, progress: float) -> None:
+    def skipped(self, batch: Batch) -> int:
+        """Groups of this batch that are too small for its loss, known on the host."""
+        del batch
+        return 0
+
+    def figures(self) -> dict[str, float]:
+        """What it tells the log beside its value, read from the device: name -> figure."""
+        return {}
+
+    def alone(self, progress: float) -> bool:
+        """Whether the student's blocks learn alone now; terms that do not let them are silent."""
+        del progress
+        return False
+
+    def starts(self, teacher: Signals) -> dict[int, Tensor]:
+        """Where blocks begin while they learn alone: block -> `[B, T, D]`."""
+        del teacher
+        return {}
+
+    def factor(self) -> Tensor | None:
+        """What its weight is multiplied by in the next step, `[]` on the device; None for 1."""
+
+    def after_step(self, value: Tensor, progress: float, observed: Tensor | None = None) -> None:
         """Hear of a finished optimizer step, for terms that adapt.
 
         Args:
             value: Mean of the term over the step's items on all ranks, `[]`; NaN without items.
             progress: Share of the training that is done.
+            observed: `[M]`, the sums over micro-batches and ranks; None for terms without any.
         """
-        del value, progress
+        del value, progress, observed
 
 
 class HeadTerm(Term):
@@ -204,83 +235,3 @@ def named(objectives: Sequence[Objective]) -> dict[str, Objective]:
             raise ValueError(f"objectives: two are named {name!r}; give each a name of its own")
         result[name] = objective
     return result
-
-
-def check_choice(what: str, value: str, allowed: Sequence[str]) -> None:
-    """Refuse a word that is not in the list.
-
-    Raises:
-        ValueError: With the list.
-    """
-    if value not in allowed:
-        raise ValueError(f"{what} is {value!r}; write one of {', '.join(allowed)}")
-
-
-def check_evidence(rows: int, owner: str) -> None:
-    """Refuse a calibration batch that says nothing.
-
-    Raises:
-        ValueError: If it has no rows.
-    """
-    if not rows:
-        raise ValueError(
-            f"{owner}: the first examples of the training data have no row to calibrate on; "
-            "shuffle the data, or write rows: valid"
-        )
-
-
-def describe_function(function: Callable[..., object]) -> str:
-    """A function with its settings, as a recipe would write it.
-
-    >>> from functools import partial
-    >>> describe_function(partial(torch.add, alpha=2))
-    'add(alpha=2)'
-    """
-    inner = getattr(function, "func", function)
-    keywords = getattr(function, "keywords", {})
-    arguments = ", ".join(f"{key}={value}" for key, value in keywords.items())
-    name = getattr(inner, "__name__", type(inner).__name__)
-    return f"{name}({arguments})" if arguments else str(name)
-
-
-def check_row_function(
-    function: Callable[..., Any], shape: tuple[int, ...], owner: str, **given: Tensor
-) -> None:
-    """Refuse a loss that does not return one value per row, tried on two small tensors.
-
-    Args:
-        function: The loss.
-        shape: Of both tensors.
-        owner: Who asks, for messages.
-        given: What it is called with besides.
-
-    Raises:
-        ValueError: Naming the loss and what it returned.
-    """
-    inner: object = function.func if isinstance(function, partial) else function
-    if isinstance(inner, nn.Module) and any(p.requires_grad for p in inner.parameters()):
-        raise ValueError(
-            f"{owner}: loss {type(inner).__name__} has parameters, which nobody would train; write "
-            "an Objective whose build returns a Term of its own, or freeze them"
-        )
-    sample = torch.linspace(0.1, 1.0, int(torch.tensor(shape).prod())).view(shape)
-    sample = sample / sample.sum(-1, keepdim=True)
-    name = describe_function(function)
-    try:
-        values = function(sample.clone().requires_grad_(), sample, **given)
-    except Exception as error:
-        raise ValueError(
-            f"{owner}: loss {name} fails on two tensors of shape {list(shape)}: {error}"
-        ) from error
-    if not isinstance(values, Tensor) or values.shape != shape[:1]:
-        got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(
-            f"{owner}: loss {name} returned {got} for {shape[0]} rows; a loss returns one value "
-            "per row and leaves the "
-            "reduction to the caller (reduction='none', then a mean over the last dimension)"
-        )
-    if not values.requires_grad:
-        raise ValueError(
-            f"{owner}: loss {name} has no gradient for the student, so nothing would be trained; "
-            "leave the student's tensor attached (no .detach(), argmax or .item())"
-        )

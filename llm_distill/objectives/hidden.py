@@ -2,151 +2,171 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_distill import projectors
-from llm_distill.layers import LayerMap, LayerStrategy, uniform
-from llm_distill.losses.features import mse, unit
-from llm_distill.objectives.base import (
-    Evidence,
-    Objective,
-    Term,
-    check_choice,
-    check_evidence,
-    check_row_function,
-    describe_function,
-)
-from llm_distill.rows import Batch, RowKind, Step
-from llm_distill.signals import ModelSpec, Request, Signals
+from llm_distill.layers import asks
+from llm_distill.losses.features import mse
+from llm_distill.losses.needs import Items, Needs, needs
+from llm_distill.objectives.blockwise import Blockwise
+from llm_distill.objectives.checks import check_choice, check_row_function, describe_function
+from llm_distill.objectives.mapped import Mapped
+from llm_distill.objectives.states import Comparison, HiddenStatesTerm, Normalization
+from llm_distill.picks import Pick
+from llm_distill.rows import RowKind
+from llm_distill.signals import ModelSpec, Request
 
-Normalization = Literal["none", "layer", "l2"]
+if TYPE_CHECKING:
+    from llm_distill.layers import LayerMap
+    from llm_distill.objectives.base import Evidence, Term
+
 PairLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class HiddenStates(Objective):
-    """Hidden states of mapped layers, projected where widths differ; mean over pairs and tokens.
+class HiddenStates(Mapped):
+    """Hidden states of mapped layers, mean over pairs and items.
 
     Attributes:
-        loss: (projected student `[N, D]`, teacher `[N, D]`) -> `[N]`.
-        layers: Strategy that pairs layers (`llm_distill.layers`).
-        projector: From the student's width to the teacher's (`llm_distill.projectors`); by default
-            identity for equal widths and linear otherwise, one for each pair.
-        init: `random`, or `least_squares`: linear projectors start at the closed-form optimum of
-            one calibration batch.
-        normalize: What both sides go through before the loss, token by token: `layer` (zero mean,
-            unit variance; the residual stream grows with depth), `l2` (unit length), `none`.
+        loss: (student `[N, D]`, teacher `[N, D]`) -> `[N]`, one value per row; or one that relates
+            the rows of a group to each other (`pkt`, `rkd_distance`, `cka`, …), which takes any two
+            widths.
+        projector: From the student's width to the teacher's (`llm_distill.projectors`), one for
+            each pair. By default none for equal widths and losses that relate rows, else linear.
+        init: `random`, or `least_squares`: linear and orthogonal projectors start at the
+            closed-form optimum of one calibration batch.
+        normalize: What both sides go through before the loss, row by row: `layer` (zero mean, unit
+            variance; the residual stream grows with depth), `l2` (unit length), `none`. By default
+            `layer`, and `none` for losses that relate rows.
         rows: `supervised` predictions, or every `valid` token.
+        items: `token`: every row counts alike; `sequence`: the loss sees one sequence at a time,
+            and sequences count alike; `pooled`: the mean of each sequence's rows is one row. By
+            default what the loss is meant for.
+        skip: Tokens at the start of each sequence that are left out (attention sinks).
+        most: Rows that are compared at once, drawn anew in each epoch; by default all, or what the
+            loss's memory allows.
+        gate: Let the hint go once its gradient at the student's hidden states is, on average,
+            against that of everything else: hints can hurt.
+        blockwise: Share of the training, at its start, in which nothing else is trained and every
+            student block learns alone: it is given the teacher's state where its segment of the map
+            begins, and learns the state where it ends, |s - t| / sqrt(D). It mends a bad start and
+            slows a good one.
+
+    Relations among the rows of a batch see one micro-batch on one rank at a time: unlike losses of
+    single rows they change with its size. A group too small for its loss is skipped, and counted in
+    the log.
 
     Source: Romero et al. 2014 (FitNets), arXiv 1412.6550, equation 3.
     """
 
     loss: PairLoss = mse
-    layers: LayerStrategy = uniform
     projector: Callable[[int, int], nn.Module] | None = None
     init: Literal["random", "least_squares"] = "random"
-    normalize: Normalization = "layer"
+    normalize: Normalization | None = None
     rows: RowKind = "supervised"
+    items: Items | None = None
+    skip: int = 0
+    most: int | None = None
+    gate: bool = True
+    blockwise: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
         super().__post_init__()
         check_choice("HiddenStates: init", self.init, ("random", "least_squares"))
-        check_choice("HiddenStates: normalize", self.normalize, ("none", "layer", "l2"))
+        if self.normalize is not None:
+            check_choice("HiddenStates: normalize", self.normalize, ("none", "layer", "l2"))
         check_choice("HiddenStates: rows", self.rows, ("supervised", "valid"))
-        check_row_function(self.loss, (2, 3), "HiddenStates")
+        if self.items is not None:
+            check_choice("HiddenStates: items", self.items, ("token", "sequence", "pooled"))
+        if self.skip < 0:
+            raise ValueError(f"HiddenStates: skip is {self.skip}; write a number of tokens >= 0")
+        if self.most is not None and self.most < self.needs.least:
+            raise ValueError(
+                f"HiddenStates: most is {self.most}, and {describe_function(self.loss)} needs "
+                f"{self.needs.least} rows; write at least that, or leave it out"
+            )
+        if not 0.0 <= self.blockwise < 1.0:
+            raise ValueError(
+                f"HiddenStates: blockwise is {self.blockwise}; write a share of the training, from "
+                "0 (never) to less than 1"
+            )
+        check_row_function(self.loss, (5, 3), "HiddenStates")
+
+    @property
+    def needs(self) -> Needs:
+        """What the loss needs."""
+        return needs(self.loss)
+
+    @property
+    def choice(self) -> Pick:
+        """The rows and groups it asks for."""
+        default = self.needs
+        items = self.items or default.items
+        most = default.most if self.most is None else self.most
+        return Pick(self.rows, items, self.skip, most, default.least)
 
     def survey(self, student: ModelSpec, teacher: ModelSpec) -> tuple[Request, Request]:
         """The mapped layers, where projectors are fitted."""
         if self.init == "random":
             return Request(), Request()
-        mapping = self.layers(student.depth, teacher.depth)
+        mapping = self.mapping(student, teacher)
         return Request(hidden=mapping.student_layers), Request(hidden=mapping.teacher_layers)
 
     def build(
         self, student: ModelSpec, teacher: ModelSpec, evidence: Evidence | None = None
     ) -> Term:
         """Bind to layers and widths; fit the projectors if there is evidence for it."""
-        mapping = self.layers(student.depth, teacher.depth)
-        make = self.projector or (
-            projectors.identity if student.width == teacher.width else projectors.linear
-        )
+        mapping = self.mapping(student, teacher)
+        make = self.projector or self._projector(student.width == teacher.width)
+        modules = [make(student.width, teacher.width) for _ in mapping.rows]
+        normalize = self.normalize or self.needs.normalize
+        redraw = self.layers if "epoch" in asks(self.layers) else None
         term = HiddenStatesTerm(
-            self, mapping, [make(student.width, teacher.width) for _ in mapping.pairs]
+            Comparison(self.loss, self.choice, normalize),
+            mapping,
+            modules,
+            redraw=redraw,
+            gated=self.gate,
+            start=self._start(mapping, student, teacher),
         )
         if self.init == "least_squares":
             term.fit(evidence)
         return term
 
     def describe(self) -> str:
-        """Loss, normalisation and rows."""
-        return f"{describe_function(self.loss)}, normalize {self.normalize}, {self.rows} rows"
+        """Loss, normalisation, rows and items."""
+        choice, normal = self.choice, self.normalize or self.needs.normalize
+        parts = [describe_function(self.loss), f"normalize {normal}", f"{self.rows} rows"]
+        if choice.items != "token":
+            parts.append(f"items {choice.items}")
+        if choice.skip:
+            parts.append(f"without the first {choice.skip} tokens")
+        if choice.most is not None:
+            parts.append(f"at most {choice.most} at once")
+        return ", ".join(parts)
 
-
-class HiddenStatesTerm(Term):
-    """Bound `HiddenStates`: one projector for each pair."""
-
-    def __init__(self, spec: HiddenStates, mapping: LayerMap, modules: Sequence[nn.Module]) -> None:
-        super().__init__(
-            Request(hidden=mapping.student_layers),
-            Request(hidden=mapping.teacher_layers),
-            rows=spec.rows,
-            notes=str(mapping).splitlines(),
-        )
-        self.spec = spec
-        self.mapping = mapping
-        self.projectors = nn.ModuleList(modules)
-
-    def forward(self, student: Signals, teacher: Signals, batch: Batch, step: Step) -> Tensor:
-        """Mean over pairs of the sum over rows."""
-        del step
-        rows = batch.rows(self.rows)
-        device = batch.supervised.index.device
-        total = torch.zeros((), device=device)
-        with torch.autocast(device.type, enabled=False):
-            for (s, t), projector in zip(self.mapping.pairs, self.projectors, strict=True):
-                ours = self._normal(_projected(projector, student.hidden(s, rows)))
-                theirs = self._normal(_wide(teacher.hidden(t, rows)))
-                total = total + self.spec.loss(ours, theirs).sum()
-        return total / len(self.mapping.pairs)
-
-    def fit(self, evidence: Evidence | None) -> None:
-        """Start every linear projector at its least-squares optimum."""
-        linear = [p for p in self.projectors if isinstance(p, nn.Linear) and p.bias is not None]
-        if len(linear) < len(self.projectors):
+    def _start(
+        self, mapping: LayerMap, student: ModelSpec, teacher: ModelSpec
+    ) -> tuple[Blockwise, float] | None:
+        """Blocks that learn alone at first."""
+        if not self.blockwise:
+            return None
+        bare = self.projector is None and not self.needs.same_width
+        if bare and student.width != teacher.width:
             raise ValueError(
-                "HiddenStates: init least_squares needs linear projectors; write projector: linear"
+                f"HiddenStates: blockwise needs a projector from {student.width} to "
+                f"{teacher.width} features, and {describe_function(self.loss)} has none; write "
+                "projector: linear"
             )
-        if evidence is None:
-            self.notes = (*self.notes, "projectors: least squares, decided at calibration")
-            return
-        rows = evidence.batch.rows(self.rows)
-        check_evidence(len(rows), "HiddenStates")
-        for (s, t), projector in zip(self.mapping.pairs, linear, strict=True):
-            target = self._normal(_wide(evidence.teacher.hidden(t, rows)))
-            left = projectors.fit_least_squares(projector, evidence.student.hidden(s, rows), target)
-            fit = f"least squares on {len(rows)} tokens leaves {left:.1%} of the variance"
-            self.notes = (*self.notes, f"projector {s} -> {t}: {fit}")
+        return Blockwise(mapping, student.width, teacher.width), self.blockwise
 
-    def _normal(self, states: Tensor) -> Tensor:
-        """Per-token normalisation: `[N, D] -> [N, D]`."""
-        if self.spec.normalize == "layer":
-            return F.layer_norm(states, states.shape[-1:])
-        return unit(states) if self.spec.normalize == "l2" else states
-
-
-def _projected(projector: nn.Module, states: Tensor) -> Tensor:
-    """Through the projector in its own dtype, then fp32 or better."""
-    weight = next(projector.parameters(), None)
-    return _wide(projector(states if weight is None else states.to(weight.dtype)))
-
-
-def _wide(states: Tensor) -> Tensor:
-    """fp32, or float64 where it was."""
-    return states if states.dtype == torch.float64 else states.float()
+    def _projector(self, same: bool) -> Callable[[int, int], nn.Module]:  # noqa: FBT001  private
+        """The projector that nobody named."""
+        if not self.needs.same_width:
+            return projectors.none
+        return projectors.identity if same else projectors.linear

@@ -103,9 +103,14 @@ class MovingTerm(HeadTerm):
             return replace(self._plain, mix=self.mix)
         return self._plain if self.target.end == 1.0 else replace(self._plain, mix=self._end)
 
+    def figures(self) -> dict[str, float]:
+        """The teacher's share in the target."""
+        return {"target": float(self.mix)}
+
     @torch.no_grad()
-    def after_step(self, value: Tensor, progress: float) -> None:
+    def after_step(self, value: Tensor, progress: float, observed: Tensor | None = None) -> None:
         """Move the target, on the device."""
+        del observed
         target, value = self.target, value.to(self.mix.dtype)
         fall = ((self.before - value) / (self.before + TINY)).clamp(-1.0, 1.0)
         known = fall.isfinite()  # neither the first step, nor one without items

@@ -12,7 +12,7 @@ anything that ``import llm_distill`` exports, else ``package.module:name``, whic
 
 Sections:
 
-* ``student``: a Hub id, a path, ``Local`` or ``FromConfig``.
+* ``student``: a Hub id, a path, ``Local``, ``FromConfig`` or ``FromTeacher``.
 * ``teacher``: a Hub id, a path, or ``Local``.
 * ``data``: the fields of `llm_distill.Data`.
 * ``objectives``: a list of components; by default cross-entropy (0.1) and forward KL on the logits.

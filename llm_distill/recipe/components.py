@@ -15,6 +15,8 @@ from llm_distill.errors import InputError
 from llm_distill.recipe.values import Place, convert, did_you_mean, kind_of
 
 FIELDS = {
+    "also": "llm_distill.layers",
+    "balance": "llm_distill.balance",
     "heads": "llm_distill.heads",
     "layers": "llm_distill.layers",
     "loss": "llm_distill.losses",
@@ -22,6 +24,9 @@ FIELDS = {
     "weight": "llm_distill.schedules",
 }
 """Whose functions a field offers."""
+
+MEASURED = ("cross", "race", "similarity")
+"""Arguments of layer strategies that data decide; `blocks` and `epoch` can be written as well."""
 
 _FOREIGN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -53,6 +58,8 @@ class Components:
         if wants_function:
             if not inspect.isfunction(found):
                 raise InputError(f"{place}: {name!r} is no function; {_offer(place)}")
+            if FIELDS.get(place.field) == FIELDS["layers"]:
+                _refuse_measured(arguments, here)
             return self._function(found, arguments, here)
         if not (inspect.isclass(found) and issubclass(found, hint) and is_spec(found)):
             raise InputError(f"{place}: {name!r} is no {hint.__name__}; {_offer(place, hint)}")
@@ -236,6 +243,14 @@ def _refuse_unknown(given: Mapping[str, Any], known: list[str], owner: str, here
             near = did_you_mean(name, known)
             has = f"; it has {_listed(known)}" if known else "; it takes no arguments"
             raise InputError(f"{here}: {owner} has no {name!r}{near or has}")
+
+
+def _refuse_measured(given: Mapping[str, Any], here: Place) -> None:
+    """Refuse what nobody can write, only measure."""
+    for name in given:
+        if name in MEASURED:
+            how = "a race decides it" if name == "race" else "it is measured at calibration"
+            raise InputError(f"{here.key(name)}: {how}; leave it out")
 
 
 def _offer(place: Place, hint: type | None = None) -> str:

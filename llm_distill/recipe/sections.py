@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from llm_distill.data.spec import Data
 from llm_distill.errors import InputError
 from llm_distill.recipe import document as documents
-from llm_distill.recipe.components import Components, is_spec, split
+from llm_distill.recipe.components import Components
+from llm_distill.recipe.models import student_of, teacher_of
 from llm_distill.recipe.values import Place, convert, did_you_mean
 
 if TYPE_CHECKING:
@@ -19,11 +20,21 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     # Nobody reads the hints of Recipe when it runs; importing it stays fast.
+    from llm_distill.balance import BalanceRule  # noqa: TC004
     from llm_distill.objectives import Objective  # noqa: TC004
-    from llm_distill.students import FromConfig  # noqa: TC004
+    from llm_distill.students import FromConfig, FromTeacher  # noqa: TC004
     from llm_distill.teachers import Local, Teacher  # noqa: TC004
 
-SECTIONS = ("student", "teacher", "data", "objectives", "training", "peft", "rows_per_chunk")
+SECTIONS = (
+    "student",
+    "teacher",
+    "data",
+    "objectives",
+    "balance",
+    "training",
+    "peft",
+    "rows_per_chunk",
+)
 NEEDED = ("student", "teacher", "data")
 DEFAULT_OBJECTIVES = ({"CrossEntropy": {"weight": 0.1}}, "Logits")
 DEFAULT_TRAINING = {"report_to": "none", "logging_steps": 10}
@@ -37,7 +48,6 @@ RUNS_CODE = ("auto_mapping", "megatron_config", "megatron_core")
 """Fields of LoraConfig that name modules to import."""
 
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
-_TEACHES = {"config", "spec", "find_tokenizer", "open"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +62,18 @@ class Recipe:
         training: Fields of `transformers.TrainingArguments`.
         peft: Fields of `peft.LoraConfig`; None for a student that is trained whole.
         rows_per_chunk: Rows whose logits exist at a time; None: as memory allows.
+        balance: Between the weights of the objectives (`llm_distill.balance`); None: as written.
         document: The YAML it was made from, overrides applied and defaults filled in.
     """
 
-    student: Local | FromConfig
+    student: Local | FromConfig | FromTeacher
     teacher: Teacher
     data: Data
     objectives: tuple[Objective, ...]
     training: Mapping[str, Any]
     peft: Mapping[str, Any] | None = None
     rows_per_chunk: int | None = None
+    balance: BalanceRule | None = None
     document: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -104,13 +116,14 @@ class Recipe:
         filled = _filled(content, name)
         make = Components(tuple(allow_code))
         return cls(
-            student=_student(filled["student"], make),
-            teacher=_teacher(filled["teacher"], make),
+            student=student_of(filled["student"], make),
+            teacher=teacher_of(filled["teacher"], make),
             data=make.spec(Data, _section(filled, "data"), Place("data"), Place("data")),
             objectives=_objectives(filled["objectives"], make),
             training=_training(_section(filled, "training"), make),
             peft=_peft(_section(filled, "peft"), make) if "peft" in filled else None,
             rows_per_chunk=_rows(filled.get("rows_per_chunk"), make),
+            balance=_balance(filled.get("balance"), make),
             document=filled,
         )
 
@@ -189,70 +202,6 @@ def _section(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return value
 
 
-def _student(value: Any, make: Components) -> Any:  # noqa: ANN401  a spec
-    """The student's spec."""
-    from llm_distill.students import FromConfig
-    from llm_distill.teachers import Local
-
-    def fits(kind: type) -> bool:
-        return issubclass(kind, Local | FromConfig)
-
-    return _model(value, Place("student"), make, fits, "a Hub id, a path, Local or FromConfig")
-
-
-def _teacher(value: Any, make: Components) -> Any:  # noqa: ANN401  a spec
-    """The teacher's spec."""
-
-    def fits(kind: type) -> bool:
-        return set(dir(kind)) >= _TEACHES
-
-    return _model(value, Place("teacher"), make, fits, "a Hub id, a path, or Local")
-
-
-def _model(
-    value: Any,  # noqa: ANN401  any YAML
-    place: Place,
-    make: Components,
-    fits: Callable[[type], bool],
-    instead: str,
-) -> Any:  # noqa: ANN401  a spec
-    """A spec of a class that fits; a bare id or path is a `Local`."""
-    import llm_distill
-    from llm_distill.teachers import Local
-
-    if isinstance(value, str) and value not in llm_distill.__all__ and ":" not in value:
-        if not value.strip():
-            raise InputError(f"{place} is empty; write {instead}")
-        return Local(value)
-    name, arguments = split(value, place)
-    found = make.find(name, place)
-    if not (isinstance(found, type) and is_spec(found) and fits(found)):
-        raise InputError(f"{place}: {name!r} is no {place}; write {instead}")
-    spec = make.spec(found, arguments, place, place.key(name))
-    _refuse_code(spec, place.key(name), make)
-    return spec
-
-
-def _refuse_code(spec: Any, here: Place, make: Components) -> None:  # noqa: ANN401  a spec
-    """Refuse code from the Hub that the user did not allow."""
-    from llm_distill.students import FromConfig
-    from llm_distill.teachers import Local
-
-    given = spec.config if isinstance(spec, FromConfig) else vars(spec)
-    for key in ("attn_implementation", "_attn_implementation"):
-        kernel = str(given.get(key) or "")
-        if "/" in kernel and kernel not in make.allowed:
-            raise InputError(
-                f"{here}.{key}: {kernel!r} is a kernel from the Hub, which is code; if you trust "
-                f"it, run with --allow-code {kernel}"
-            )
-    if isinstance(spec, Local) and spec.trust_remote_code and spec.model not in make.allowed:
-        raise InputError(
-            f"{here}.trust_remote_code: code from the repository of {spec.model} would run; if you "
-            f"trust it, run with --allow-code {spec.model}"
-        )
-
-
 def _objectives(value: Any, make: Components) -> tuple[Objective, ...]:  # noqa: ANN401  any YAML
     """What to match; whether the list makes sense as a whole is known here as well."""
     from llm_distill.objectives import Objective, check_objectives, named
@@ -274,6 +223,11 @@ def _rows(value: Any, make: Components) -> int | None:  # noqa: ANN401  any YAML
     from llm_distill.binding import checked_rows
 
     return checked_rows(convert(value, int | None, Place("rows_per_chunk"), make))
+
+
+def _balance(value: Any, make: Components) -> BalanceRule | None:  # noqa: ANN401  any YAML
+    """How the weights of the objectives move."""
+    return None if value is None else make(value, Callable, Place("balance", "balance"))
 
 
 def _training(section: Mapping[str, Any], make: Components) -> Mapping[str, Any]:

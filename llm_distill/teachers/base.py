@@ -18,6 +18,13 @@ class Source(Protocol):
     def __call__(self, batch: Batch) -> Signals:
         """What the teacher says about a batch, without gradients."""
 
+    def ask(self, request: Request) -> None:
+        """From now on give these signals only, of those it was opened for.
+
+        Raises:
+            ValueError: If it cannot, naming the signal and the layer.
+        """
+
     def close(self) -> None:
         """Free what it holds."""
 

@@ -20,13 +20,13 @@ from llm_distill.signals import (
     Distribution,
     Factored,
     Head,
-    Heads,
     ModelSpec,
     Request,
     Signals,
 )
 
 if TYPE_CHECKING:
+    from llm_distill.attention import Heads
     from llm_distill.rows import Batch
 
 
@@ -163,8 +163,9 @@ class LocalSource:
         self, model: PreTrainedModel, request: Request, name: str, device: torch.device
     ) -> None:
         self.model: PreTrainedModel | None = model.eval().requires_grad_(requires_grad=False)
-        self.device = device
-        self._reader: Reader | None = Reader(model, request, f"teacher {name}")
+        self.device, self._name = device, name
+        self._reader: Reader | None = None
+        self.ask(request)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Signals:
@@ -174,6 +175,12 @@ class LocalSource:
         signals = self._reader.read(batch)
         self._reader.release()
         return moved(signals, self.device)
+
+    def ask(self, request: Request) -> None:
+        """From now on give these signals only, of those it was opened for."""
+        if self.model is None:
+            raise RuntimeError("this teacher was closed; open it again")
+        self._reader = Reader(self.model, request, f"teacher {self._name}")
 
     def close(self) -> None:
         """Let the weights go; twice is once."""
@@ -197,7 +204,14 @@ def moved(signals: Signals, device: torch.device) -> Signals:
         return Factored(to(value.hidden), head)
 
     def heads(value: Heads) -> Heads:
-        return replace(value, query=to(value.query), key=to(value.key), mask=to(value.mask))
+        return replace(
+            value,
+            query=to(value.query),
+            key=to(value.key),
+            mask=to(value.mask),
+            value=to(value.value),
+            whole_query=to(value.whole_query),
+        )
 
     return Signals(
         signals.source,

@@ -1,4 +1,7 @@
-"""`python -m scripts.bench head|step`: the command line. It imports torch when it has to run."""
+"""`python -m scripts.bench head|step|mapping`: the command line.
+
+It imports torch when it has to run.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scripts.bench import settings as asked
+from scripts.bench.mapping import command as mapping
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,8 +28,9 @@ HELP = {
     "chunk": "rows of one GEMM; by default 256 (fp32), 512 (bf16), 2048 (CUDA)",
     "device": "by default cuda where there is one",
     "dtype": "of models, hidden states and heads",
-    "length": "tokens of a sequence",
-    "loss": "a divergence of llm_distill.losses, such as jsd:beta=0.5",
+    "length": "tokens of a sequence; of attention 0: 512, 1024 and 2048 in turn",
+    "loss": "a divergence of llm_distill.losses, such as jsd:beta=0.5; attention: map_kl, map_mse",
+    "queries": "sampled query rows of a sequence",
     "prompt": "fraction of each sequence that is not supervised",
     "reference": "dtype of the right answer",
     "rounds": "timed, after an untimed one; by default 5, 20 on CUDA",
@@ -47,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a benchmark, and print and write what came out."""
     argv = sys.argv[1:] if argv is None else argv
     options = parser().parse_args(argv)
+    if options.benchmark == "mapping":
+        return mapping.execute(options, argv)
     # Read by OpenMP when torch is imported, and by the processes that measure memory.
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(options.threads)
     settings = settled(options)
@@ -56,19 +63,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     run.quiet()
     log = Console(stderr=True, highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    reports = []
     try:
-        report = run.execute(
-            options.benchmark, settings, argv, lambda text: log.print(text, style="dim")
-        )
+        for part in settings.parts():
+            report = run.execute(
+                options.benchmark, part, argv, lambda text: log.print(text, style="dim")
+            )
+            reports.append(report)
+            shown = table.table(report), *table.facts(report.machine)
+            console.print(*shown, sep="\n", soft_wrap=False)
     except ValueError as error:
         sys.stderr.write(f"bench: {error}\n")
         return 1
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
-    console.print(table.table(report), *table.facts(report.machine), sep="\n", soft_wrap=False)
     if options.json:
-        table.write_json(options.json, report)
+        table.write_json(options.json, *reports)
     if options.markdown:
-        table.append_markdown(options.markdown, report)
+        for report in reports:
+            table.append_markdown(options.markdown, report)
     return 0
 
 
@@ -90,6 +102,8 @@ def parser() -> argparse.ArgumentParser:
             const=RESULTS,
             help="append a section to this file, by default RESULTS.md beside the benchmark",
         )
+    about = "Automatic layer maps against the best one by hand."
+    mapping.add(commands.add_parser("mapping", help=about, description=about))
     return made
 
 
@@ -152,6 +166,7 @@ def _share(text: str) -> float:
 
 
 READERS: dict[str, Callable[[str], Any]] = {"str": _text, "float": _share, "int": _positive}
+"""By the type of a field."""
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ class Benchmark(ABC):
 
     @abstractmethod
     def facts(self) -> dict[str, float]:
-        """Sizes; `logits_mib` (one fp32 [N, V]) and `gradients_mib` are among them."""
+        """Sizes: `gradients_mib`, and where there are logits `logits_mib` (one fp32 [N, V])."""
 
 
 def errors(loss: Tensor | None, gradients: Mapping[str, Tensor], right: Answer) -> dict[str, float]:

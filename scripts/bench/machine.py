@@ -86,6 +86,12 @@ class Machine:
         )
 
 
+def described() -> str:
+    """Processor, system and commit in one line."""
+    system = f"{platform.platform()}, Python {platform.python_version()}"
+    return f"{_processor()}; {system}; commit {_commit() or 'not told'}"
+
+
 def versions() -> dict[str, str]:
     """Of the packages that are installed."""
     found = {}

@@ -20,7 +20,7 @@ from scripts.bench.inputs import Inputs
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from llm_distill.objectives import Objective, Term
+    from llm_distill.objectives import Objective, QueryPlan, Term
     from scripts.bench.settings import StepSettings
 
 HEAD_WIDTH = 64
@@ -100,15 +100,15 @@ class Models:
             self.shifted[kept],
         )
 
-    def batch(self) -> Batch:
-        """As DistillTrainer hands it to its distiller."""
+    def batch(self, plan: QueryPlan | None = None) -> Batch:
+        """As DistillTrainer hands it to its distiller, with the queries of a plan."""
         given = {
             "input_ids": self.ids.cpu(),
             "attention_mask": torch.ones_like(self.ids, device="cpu"),
             "labels": self.targets.cpu(),
         }
         collated = RowCollator(lambda _: given, shift=True, valid=False)([])
-        return make_batch(collated, None, seed=0, epoch=0).to(self.ids.device)
+        return make_batch(collated, plan, seed=0, epoch=0).to(self.ids.device)
 
     def distiller(self, terms: Mapping[str, Term]) -> Distiller:
         """As DistillTrainer makes it."""

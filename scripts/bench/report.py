@@ -45,10 +45,10 @@ class Report:
     """All arms of one run, and where it ran.
 
     Attributes:
-        benchmark: `head` or `step`.
+        benchmark: Its name.
         title: Of the table.
         settings: What was asked for.
-        facts: Sizes, among them `logits_mib` and `gradients_mib`.
+        facts: Sizes: `gradients_mib`, and `logits_mib` where there are any.
         columns: Ratios: name -> arms whose times are summed in the denominator.
         lean: The arm whose peak the others are compared with, if any.
         machine: Where, with which versions, by which command.
@@ -91,7 +91,8 @@ class Report:
             return None
         returned = self.facts["gradients_mib"] if result.returned is None else result.returned
         spare = max(0.0, result.peak.used - returned)
-        return spare / self.facts["logits_mib"]
+        logits = self.facts.get("logits_mib")
+        return spare / logits if logits else None
 
     def leanness(self, result: Result) -> float | None:
         """The peak over that of the lean arm."""

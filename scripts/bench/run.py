@@ -14,7 +14,12 @@ from scripts.bench.arms import Answer, Arm, Benchmark, UnavailableError, errors
 from scripts.bench.machine import Machine
 from scripts.bench.measure import Run, interleaved
 from scripts.bench.report import Report, Result
-from scripts.bench.settings import HeadSettings, StepSettings
+from scripts.bench.settings import (
+    AttentionSettings,
+    HeadSettings,
+    HiddenSettings,
+    StepSettings,
+)
 
 Tell = Callable[[str], None]
 
@@ -30,6 +35,14 @@ def start(settings: HeadSettings | StepSettings) -> Benchmark:
     """The benchmark of some settings, with its threads and its seed."""
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
+    if isinstance(settings, AttentionSettings):
+        from scripts.bench.attention import AttentionBenchmark
+
+        return AttentionBenchmark(settings)
+    if isinstance(settings, HiddenSettings):
+        from scripts.bench.hidden import HiddenBenchmark
+
+        return HiddenBenchmark(settings)
     if isinstance(settings, StepSettings):
         from scripts.bench.step import StepBenchmark
 
@@ -45,7 +58,7 @@ def execute(
     """Time all arms, compare what they computed, and measure their peaks.
 
     Args:
-        name: `head` or `step`.
+        name: Of the benchmark.
         settings: What was asked for.
         argv: For the report.
         tell: Is told what happens now.

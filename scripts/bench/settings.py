@@ -13,6 +13,8 @@ REFERENCES = ("float32", "float64")
 ROUNDS = {"cpu": 5, "cuda": 20}
 CHUNKS = {"float32": 256, "bfloat16": 512, "float16": 512}
 CUDA_CHUNK = 2048
+LENGTHS = (512, 1024, 2048)
+"""Tokens of a sequence of `attention`, in turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,10 @@ class Settings:
     def wants(self, name: str) -> bool:
         """Whether an arm was asked for."""
         return not self.arms or any(part.lower() in name.lower() for part in self.arms)
+
+    def parts(self) -> tuple[Self, ...]:
+        """What is run one after another, each with a report of its own."""
+        return (self,)
 
     def to_json(self) -> dict[str, Any]:
         """For a report, and for another process."""
@@ -116,10 +122,52 @@ class StepSettings(Settings):
         return round(self.prompt * self.length)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttentionSettings(StepSettings):
+    """What attention maps and relations add to a step of two bodies.
+
+    Attributes:
+        length: Tokens of a sequence; 0: each of `LENGTHS` in turn.
+        queries: Sampled query rows of a sequence.
+    """
+
+    vocab: int = 1_000
+    loss: str = "map_kl"
+    batch: int = 1
+    length: int = 0
+    queries: int = 128
+
+    def parts(self) -> tuple[Self, ...]:
+        """One for each length."""
+        if self.length:
+            return (self,)
+        return tuple(replace(self, length=length) for length in LENGTHS)
+
+    def tiny(self) -> AttentionSettings:
+        """The same arms on next to nothing."""
+        shallow = replace(self, student_layers=2, teacher_layers=2, batch=1, length=8)
+        return replace(shallow, student_width=64, teacher_width=64, vocab=min(96, self.vocab))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenSettings(StepSettings):
+    """What each match of hidden states adds to a distillation step."""
+
+    def tiny(self) -> HiddenSettings:
+        """The same arms on next to nothing."""
+        small = replace(self, vocab=min(96, self.vocab), batch=1, length=8)
+        return replace(small, student_width=64, teacher_width=64)
+
+
 def default_chunk(dtype: str, device: str) -> int:
     """Rows of one GEMM below which the GEMMs themselves lose time."""
     return CUDA_CHUNK if device == "cuda" else CHUNKS[dtype]
 
 
-KINDS: dict[str, type[HeadSettings | StepSettings]] = {"head": HeadSettings, "step": StepSettings}
+KINDS: dict[str, type[HeadSettings | StepSettings]] = {
+    "head": HeadSettings,
+    "step": StepSettings,
+    "attention": AttentionSettings,
+    "hidden": HiddenSettings,
+}
 """Settings of each benchmark."""

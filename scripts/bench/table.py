@@ -24,8 +24,9 @@ MEASURED = {
 def heads(report: Report) -> list[str]:
     """Names of the columns."""
     errors = [f"{name} err" for name in _error_names(report)]
-    peaks = ["peak MiB", *(["reserved MiB"] if _on_gpu(report) else []), "peak - g, [N, V]"]
-    peaks += ["x SFT peak"] if report.lean else []
+    peaks = ["peak MiB", *(["reserved MiB"] if _on_gpu(report) else [])]
+    peaks += ["peak - g, [N, V]"] if "logits_mib" in report.facts else []
+    peaks += [f"x {report.lean.split(',')[0]} peak"] if report.lean else []
     shown = peaks if report.settings.memory else []
     return ["arm", "min s", "median s", *report.columns, *shown, *errors, "computes"]
 
@@ -68,14 +69,16 @@ def caption(report: Report) -> str:
     """What the numbers are."""
     s = report.settings
     clock = MEASURED[s.device].format(threads=s.threads, s="" if s.threads == 1 else "s")
-    gradients, logits = report.facts["gradients_mib"], report.facts["logits_mib"]
+    gradients, logits = report.facts["gradients_mib"], report.facts.get("logits_mib")
     parts = [
         f"{clock}; {s.rounds} interleaved rounds after an untimed one; "
         "ratios of minima (of medians)",
         *(f"{name}: divided by {' + '.join(arms)}" for name, arms in report.columns.items()),
-        f"peak - g: the peak besides the {gradients:.0f} MiB of gradients that any method returns, "
-        f"in fp32 [N, V] of {logits:.0f} MiB",
-        f"err: relative, against the dense way, {_meant(s.reference)}",
+        f"gradients that any method returns: {gradients:.0f} MiB"
+        if logits is None
+        else f"peak - g: the peak besides the {gradients:.0f} MiB of gradients that any method "
+        f"returns, in fp32 [N, V] of {logits:.0f} MiB",
+        "err: relative, against the dense way" + (f", {_meant(s.reference)}" if logits else ""),
         *(f"{result.name}: {note}" for result in report.results if (note := _note(result))),
     ]
     return "\n".join(parts)
@@ -113,9 +116,11 @@ def facts(machine: Machine) -> list[str]:
     ]
 
 
-def write_json(path: Path, report: Report) -> None:
-    """Everything, for programs."""
-    path.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+def write_json(path: Path, *reports: Report) -> None:
+    """Everything, for programs: one report, or a list of several."""
+    found = [report.to_json() for report in reports]
+    content = found[0] if len(found) == 1 else found
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def append_markdown(path: Path, report: Report) -> None:
@@ -152,7 +157,8 @@ def _peaks(report: Report, result: Result) -> list[str]:
     cells = ["-" if peak is None else f"{peak.used:.0f}"]
     if _on_gpu(report):
         cells.append("-" if peak is None or peak.reserved is None else f"{peak.reserved:.0f}")
-    cells.append("-" if spare is None else f"{spare:.2f}")
+    if "logits_mib" in report.facts:
+        cells.append("-" if spare is None else f"{spare:.2f}")
     if report.lean:
         cells.append("-" if lean is None else f"{lean:.2f}")
     return cells if report.settings.memory else []

@@ -49,6 +49,11 @@ class TestArguments:
         [
             (["--help"], 0, "exit codes: 0 done, 1 failed, 2 bad input"),
             (["run", "--help"], 0, "--overwrite"),
+            (["map", "--help"], 0, "--no-data"),
+            (["map", "x.yaml", "--resume"], 2, "unrecognized arguments: --resume"),
+            (["map", "x.yaml", "-o"], 2, "expected one argument"),
+            (["check", "x.yaml", "-o", "y"], 2, "unrecognized arguments: -o y"),
+            (["map", "nowhere.yaml", "-o", "y.z"], 2, "recipe nowhere.yaml does not exist"),
             (["--version"], 0, __version__),
             ([], 2, "required"),
             (["trian", "x.yaml"], 2, "invalid choice: 'trian'"),
@@ -74,11 +79,14 @@ class TestArguments:
             capture_output=True,
         )
         assert time.perf_counter() - started < 1.0
-        code = "import sys, llm_distill.cli as c; c.main(['-h']); print('torch' in sys.modules)"
+        code = (
+            "import sys, llm_distill.cli as c; c.main(['map', '-h']); "
+            "print({'torch', 'matplotlib', 'transformers'} & set(sys.modules))"
+        )
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
         )
-        assert done.stdout.splitlines()[-1] == "False"
+        assert done.stdout.splitlines()[-1] == "set()"
 
     def test_bad_input_is_said_without_a_traceback(self, tmp_path: Path) -> None:
         command = [sys.executable, "-m", "llm_distill", "run", str(tmp_path / "no.yaml")]

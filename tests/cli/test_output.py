@@ -28,6 +28,17 @@ class TestStartFrom:
             start_from(tmp_path, resume=None, overwrite=False)
         assert start_from(tmp_path, resume=None, overwrite=True) is None
 
+    def test_what_comes_before_a_training_is_none(self, tmp_path: Path) -> None:
+        before = ("map.yaml", "map.png", "map-a_b.2.yaml", "calibration.safetensors", "race.json")
+        for name in before:
+            (tmp_path / name).write_text("")
+        assert start_from(tmp_path, resume=None, overwrite=False) is None
+        for name in ("mapped.yaml", "map.txt", "model.safetensors", "recipe.yaml"):
+            (tmp_path / name).write_text("")
+            with pytest.raises(InputError, match="is not empty"):
+                start_from(tmp_path, resume=None, overwrite=False)
+            (tmp_path / name).unlink()
+
     def test_a_file_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(InputError, match="is a file"):

@@ -17,6 +17,7 @@ def test_what_a_recipe_comes_to(content: dict[str, Any], models: Path) -> None:
     made = planned(content)
     assert (made.student.depth, made.teacher.depth) == (2, 4)
     assert list(made.terms) == ["CrossEntropy", "Logits"]
+    assert [type(o).__name__ for o in made.objectives] == list(made.terms)
     assert made.tokenizer.name_or_path == str(models / "student")
     assert made.positions == 64
     assert made.causal

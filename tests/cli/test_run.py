@@ -16,6 +16,8 @@ from transformers import (
 
 from llm_distill.cli.run import _described
 from llm_distill.data import Data
+from llm_distill.race import Arm
+from llm_distill.race.heats import Heats
 from llm_distill.recipe import Recipe, document
 from llm_distill.trainer import DistillTrainer
 from tests import on_disk
@@ -113,6 +115,17 @@ def test_a_moving_target_chunk_by_chunk(cli: Cli, tmp_path: Path) -> None:
     assert "arXiv:2501.16937" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_balance(cli: Cli, tmp_path: Path) -> None:
+    ended = cli("run", "--balance", "normalised")
+    assert ended.code == 0, ended.err
+    assert "Balance: normalised: each term over its running mean, momentum 0.99" in ended.out
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    (first, *_) = [log for log in state["log_history"] if "loss" in log]
+    for name in ("CrossEntropy", "Logits"):
+        assert first[f"weight/{name}"] > 0
+    assert "balance: normalised" in (tmp_path / "out" / "recipe.yaml").read_text()
+
+
 def test_chunks_are_as_the_recipe_says(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int | None] = []
     train = DistillTrainer.train
@@ -171,6 +184,23 @@ def test_two_processes_fail_together_and_one_speaks(
     assert done.stderr.count("llm-distill: ") == 1
     assert "rows had a loss that is no number" in done.stderr
     assert "FloatingPointError" not in done.stderr
+
+
+def test_a_race_that_no_hint_wins_is_told(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(heats: Heats, arm: Arm, steps: int) -> float:
+        return 0.25 if arm.mapping is None else 0.5
+
+    monkeypatch.setattr(Heats, "measure", measure)
+    race = {"HiddenStates": {"layers": {"auto_race": {"share": 0.99, "weights": [1]}}}}
+    data = {"path": str(on_disk.save_data(tmp_path / "more.jsonl", rows=40)), "max_length": 32}
+    ended = cli("run", "--training.max_steps", "120", objectives=["Logits", race], data=data)
+    assert ended.code == 0, ended.err
+    assert "none <- taken" in ended.out
+    logs = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert "loss/Logits" in logs[0]
+    assert "loss/HiddenStates" not in logs[0]
 
 
 def test_a_stream_is_counted(cli: Cli) -> None:

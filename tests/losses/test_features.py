@@ -1,14 +1,16 @@
 """Distances between hidden states against naive float64 loops, and at vectors of length zero."""
 
+import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm_distill.losses.features import SHORTEST, cosine, mse
-from tests import reference
+from llm_distill.losses.features import SHORTEST, cosine, huber, mse
+from tests import reference, reference_features
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Naive = Callable[[reference.Array, reference.Array], reference.Array]
@@ -16,9 +18,10 @@ Naive = Callable[[reference.Array, reference.Array], reference.Array]
 PAIRS: dict[str, tuple[Loss, Naive]] = {
     "mse": (mse, reference.mse),
     "cosine": (cosine, reference.cosine),
+    "huber": (huber, reference_features.huber),
 }
 every_pair = pytest.mark.parametrize(("loss", "naive"), PAIRS.values(), ids=PAIRS.keys())
-every_loss = pytest.mark.parametrize("loss", [mse, cosine])
+every_loss = pytest.mark.parametrize("loss", [mse, cosine, huber])
 
 
 def states(rows: int = 5, width: int = 7) -> tuple[Tensor, Tensor]:
@@ -66,11 +69,32 @@ def test_never_negative(loss: Loss) -> None:
     assert loss(teacher + 1e-12 * student, teacher).min() >= 0
 
 
-@every_loss
+@pytest.mark.parametrize("loss", [mse, cosine])
 def test_turning_both_changes_nothing(loss: Loss) -> None:
     student, teacher = states()
     turn = torch.linalg.qr(torch.randn(7, 7, dtype=torch.float64))[0]
     torch.testing.assert_close(loss(student @ turn, teacher @ turn), loss(student, teacher))
+
+
+@pytest.mark.parametrize("delta", [0.5, 1.0, 3.0])
+def test_huber_is_half_the_square_below_delta_and_a_line_beyond(delta: float) -> None:
+    errors = torch.tensor([[0.0], [0.3], [-0.499], [10.0], [-10.0]], dtype=torch.float64)
+    zero = torch.zeros_like(errors)
+    expected = F.huber_loss(errors, zero, reduction="none", delta=delta).squeeze(-1)
+    torch.testing.assert_close(huber(errors, zero, delta=delta), expected)
+    far = slope(partial(huber, delta=delta), errors, zero)[3:]
+    assert far.tolist() == [[delta], [-delta]]
+
+
+def test_huber_tends_to_half_the_mse() -> None:
+    student, teacher = states()
+    torch.testing.assert_close(huber(student, teacher, delta=1e6), 0.5 * mse(student, teacher))
+
+
+@pytest.mark.parametrize("delta", [0.0, -1.0, math.inf, math.nan])
+def test_huber_refuses_a_threshold_without_a_square(delta: float) -> None:
+    with pytest.raises(ValueError, match=rf"huber: delta={delta} is not inside \(0, inf\)"):
+        huber(*states(), delta=delta)
 
 
 def test_mse_of_known_vectors() -> None:

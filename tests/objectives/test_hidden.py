@@ -104,7 +104,7 @@ class TestHiddenStates:
         variance = (y - y.mean(0)).square().sum()
         left = got * 64 / variance
         assert (
-            f"least squares on {len(x)} tokens leaves {left:.1%} of the variance" in term.notes[-1]
+            f"least squares on {len(x)} rows leaves {left:.1%} of the variance" in term.notes[-1]
         )
 
     def test_least_squares_aim_at_what_the_loss_compares_with(
@@ -148,7 +148,7 @@ class TestHiddenStates:
         self, projector: Any, student: PreTrainedModel
     ) -> None:
         objective = HiddenStates(init="least_squares", projector=projector)
-        with pytest.raises(ValueError, match="needs linear projectors; write projector: linear"):
+        with pytest.raises(ValueError, match="no closed-form optimum; write projector: linear"):
             objective.build(*specs(student, student))
 
     def test_a_calibration_batch_without_rows_is_refused(

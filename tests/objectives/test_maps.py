@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm_distill import AttentionMaps, map_kl, map_mse
+from llm_distill import AttentionMaps as Spec
 from llm_distill import heads as head_rules
 from llm_distill import layers as layer_maps
-from llm_distill.objectives import QueryPlan, maps
+from llm_distill import map_kl, map_mse
+from llm_distill.attention import Heads
+from llm_distill.layers import LayerMap, Row
+from llm_distill.objectives import QueryPlan, map_pass
 from llm_distill.objectives.maps import AttentionMapsTerm
-from llm_distill.signals import Heads, ModelSpec, Request
+from llm_distill.rows import Batch, Draw
+from llm_distill.signals import ModelSpec, Request
 from tests import tiny
 from tests.objectives.compare import (
     STEP,
@@ -27,12 +31,20 @@ from tests.objectives.compare import (
     value,
 )
 
+AttentionMaps = partial(Spec, layers=layer_maps.uniform)
+
 FAMILIES = {
     "llama": lambda: (tiny.llama("student"), tiny.llama("teacher")),
     "qwen3": lambda: (tiny.llama("student"), tiny.qwen3(depth=4)),
     "gpt2": lambda: (tiny.gpt2(depth=2), tiny.gpt2(depth=4)),
     "gemma3": lambda: (tiny.llama("student"), tiny.gemma3(depth=4)),
 }
+
+
+def weights_of(given: Batch) -> Tensor:
+    """What each sampled query row stands for."""
+    assert given.queries is not None
+    return given.queries.weight.flatten()[given.queries.flat]
 
 
 class TestAttentionMaps:
@@ -44,11 +56,14 @@ class TestAttentionMaps:
         term = AttentionMaps(loss=loss, heads=heads, queries=5).build(*specs(student, teacher))
         given = batch(term.queries)
         ours, theirs = eager_maps(student, given), eager_maps(teacher, given)
-        expected = sum(loss(*heads(ours[s - 1], theirs[t - 1])).sum() for s, t in [(1, 2), (2, 4)])
+        weights = weights_of(given)
+        expected = sum(
+            (loss(*heads(ours[s - 1], theirs[t - 1])) * weights).sum() for s, t in [(1, 2), (2, 4)]
+        )
         got = value(term, student, teacher, given)
         assert torch.allclose(got, torch.as_tensor(expected) / 2, rtol=1e-4)
         assert given.queries is not None
-        assert term.count(given) == len(given.queries) > 0
+        assert term.count(given) == given.queries.total > len(given.queries) > 0
 
     @pytest.mark.parametrize("plan", [QueryPlan(3, "valid"), QueryPlan(None, "supervised")])
     def test_rows_are_drawn_as_written(
@@ -70,9 +85,11 @@ class TestAttentionMaps:
         given = batch(term.queries)
         assert given.queries is not None
         assert given.queries.position.shape[1] > 6
+        width = given.inputs["input_ids"].shape[1]
         results = []
-        for chunk in (128, 6, 1):
-            monkeypatch.setattr(maps, "QUERY_CHUNK", chunk)
+        monkeypatch.setattr(map_pass, "LEAST_ROWS", 1)
+        for places in (128, 6, 1):
+            monkeypatch.setitem(map_pass.BLOCK, "cpu", places * 12 * width)
             student.zero_grad()
             got = value(term, student, teacher, given)
             got.backward()
@@ -91,7 +108,8 @@ class TestAttentionMaps:
         teacher: PreTrainedModel,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(maps, "QUERY_CHUNK", 4)
+        monkeypatch.setattr(map_pass, "LEAST_ROWS", 4)
+        monkeypatch.setitem(map_pass.BLOCK, "cpu", 1)
         widths = []
 
         def record(s: Tensor, t: Tensor) -> Tensor:
@@ -105,7 +123,7 @@ class TestAttentionMaps:
         widths.clear()
         value(term, student, teacher, given)
         assert sum(widths) == 2 * term.count(given)
-        assert max(widths) <= 4 * 4
+        assert max(widths) <= 4
 
     def test_no_rows_are_a_zero_with_a_graph(
         self, student: PreTrainedModel, teacher: PreTrainedModel
@@ -121,6 +139,74 @@ class TestAttentionMaps:
             term = AttentionMaps(heads=rule).build(*specs(teacher, copy.deepcopy(teacher)))
             got = value(term, teacher, copy.deepcopy(teacher), batch(term.queries))
             assert abs(got.item()) < 1e-4
+
+
+class TestMixtures:
+    @pytest.mark.parametrize("rule", [head_rules.mean, head_rules.group])
+    def test_targets_are_mixed_after_the_head_rule(
+        self, rule: Any, student: PreTrainedModel, teacher: PreTrainedModel
+    ) -> None:
+        rows = (Row(1, ((2, 0.75), (3, 0.25)), 2.0), Row(2, ((4, 1.0),), 1.0))
+        objective = AttentionMaps(heads=rule, layers=LayerMap(rows, 2, 4, "test"), queries=5)
+        term = objective.build(*specs(student, teacher))
+        given = batch(term.queries)
+        ours, theirs = eager_maps(student, given), eager_maps(teacher, given)
+        low, two = rule(ours[0], theirs[1])
+        target = 0.75 * two + 0.25 * rule(ours[0], theirs[2])[1]
+        weights = weights_of(given)
+        first = (map_kl(low, target) * weights).sum()
+        last = (map_kl(*rule(ours[1], theirs[3])) * weights).sum()
+        got = value(term, student, teacher, given)
+        assert torch.allclose(got, (2 * first + last) / 3, rtol=1e-4)
+
+    def test_heads_are_matched_for_each_block_of_a_mixture(self) -> None:
+        teacher = tiny.gpt2(depth=3)
+        rows = (Row(1, ((2, 0.5), (3, 0.5))), Row(2, ((1, 1.0),)))
+        mapping = LayerMap(rows, 3, 3, "test")
+        objective = AttentionMaps(heads=head_rules.match, layers=mapping, queries=6, rows="valid")
+        shown = evidence(objective, teacher, teacher, batch(QueryPlan(6, "valid")))
+        term = objective.build(*specs(teacher, teacher), shown)
+        assert isinstance(term, AttentionMapsTerm)
+        chosen = cast("Tensor", term.assignment)
+        assert chosen.shape == (3, 4)
+        for entry, (s, t) in enumerate([(1, 2), (1, 3), (2, 1)]):
+            assert f"heads of {s} -> heads of {t}: {chosen[entry].tolist()}" in term.notes
+        given = shown.batch
+        every = eager_maps(teacher, given)
+        mixed = 0.5 * every[1][:, chosen[0]] + 0.5 * every[2][:, chosen[1]]
+        weights = weights_of(given)
+        expected = (map_kl(every[0], mixed) * weights).sum()
+        expected = expected + (map_kl(every[1], every[0][:, chosen[2]]) * weights).sum()
+        got = term(shown.student, shown.teacher, given, STEP)
+        assert torch.allclose(got, expected / 2, rtol=1e-4)
+
+    def test_trained_shares_are_refused(
+        self, student: PreTrainedModel, teacher: PreTrainedModel
+    ) -> None:
+        mapping = LayerMap((Row(2, ((2, 0.5), (4, 0.5))),), 2, 4, "learned", trained=True)
+        with pytest.raises(ValueError, match=r"AttentionMaps: layers has shares that are trained"):
+            AttentionMaps(layers=mapping).build(*specs(student, teacher))
+
+    def test_a_map_that_is_drawn_anew(
+        self, student: PreTrainedModel, teacher: PreTrainedModel
+    ) -> None:
+        """Each epoch has its own blocks, and all of the teacher's are read."""
+        objective = AttentionMaps(layers=layer_maps.random, queries=4)
+        term = objective.build(*specs(student, teacher))
+        assert term.teacher == Request(heads=frozenset({1, 2, 3, 4}))
+        found = set()
+        for epoch in range(4):
+            given = replace(batch(term.queries), draw=Draw(epoch=epoch))
+            fixed = partial(layer_maps.random, epoch=epoch)
+            same = AttentionMaps(layers=fixed, queries=4).build(*specs(student, teacher))
+            got = value(term, student, teacher, given)
+            assert torch.equal(got, value(same, student, teacher, given))
+            found.add(got.item())
+        assert len(found) > 1
+        with pytest.raises(ValueError, match="heads: match is decided for the blocks of one map"):
+            AttentionMaps(layers=layer_maps.random, heads=head_rules.match).build(
+                *specs(student, teacher)
+            )
 
 
 def permuted(heads: Heads, order: Sequence[int], keys: Sequence[int]) -> Heads:
@@ -160,7 +246,7 @@ class TestMatchedHeads:
         given = shown.batch
         ours, theirs = eager_maps(student, given), eager_maps(teacher, given)
         expected = sum(
-            map_kl(ours[s - 1], theirs[t - 1][:, chosen[k]]).sum()
+            (map_kl(ours[s - 1], theirs[t - 1][:, chosen[k]]) * weights_of(given)).sum()
             for k, (s, t) in enumerate([(1, 2), (2, 4)])
         )
         got = value(first, student, teacher, given)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llm_distill import CrossEntropy, FromConfig, Local, Logits, Taid
+from llm_distill import CrossEntropy, Local, Logits, Taid, balance
 from llm_distill.errors import InputError
 from llm_distill.recipe import Recipe, document
 
@@ -29,14 +29,6 @@ class TestSections:
         assert made.peft is None
         assert made.rows_per_chunk is None
 
-    def test_specs(self) -> None:
-        made = recipe(
-            student={"FromConfig": {"architecture": "llama", "config": {"hidden_size": 32}}},
-            teacher={"Local": {"model": "t", "dtype": "bfloat16", "tokenizer": "other"}},
-        )
-        assert made.student == FromConfig("llama", {"hidden_size": 32})
-        assert made.teacher == Local("t", dtype="bfloat16", tokenizer="other")
-
     def test_moving_targets(self) -> None:
         """By name, and with settings beside any loss."""
         settings = {"loss": {"jsd": {"beta": 0.1}}, "target": {"Taid": {"start": "2e-1"}}}
@@ -52,6 +44,28 @@ class TestSections:
         made = Recipe.load(tmp_path / "run.yaml", [("rows_per_chunk", "512")])
         assert made.rows_per_chunk == 512
         assert "rows_per_chunk: 512" in made.resolved()
+
+    @pytest.mark.parametrize(
+        ("written", "expected"),
+        [
+            (None, None),
+            ("fixed", balance.fixed),
+            ("normalised", balance.normalised),
+            ({"uncertainty": {}}, balance.uncertainty),
+        ],
+    )
+    def test_balances_by_name(self, written: Any, expected: Any) -> None:
+        assert recipe(balance=written).balance is expected
+
+    def test_balances_with_settings(self, tmp_path: Path) -> None:
+        """They stand in the resolved recipe, and can be overridden."""
+        settings = {"gradient": {"layer": 2, "every": 1e1}}
+        (tmp_path / "run.yaml").write_text(document.dump(CONTENT | {"balance": settings}))
+        made = Recipe.load(tmp_path / "run.yaml", [("balance.gradient.most", "50")])
+        rule: Any = made.balance
+        assert rule.func is balance.gradient
+        assert rule.keywords == {"layer": 2, "every": 10, "most": 50.0}
+        assert "balance:\n  gradient:\n    layer: 2" in made.resolved()
 
     def test_training_is_checked_by_the_hints_of_transformers(self) -> None:
         made = recipe(
@@ -73,20 +87,6 @@ class TestSections:
             ({"rollout": {}}, "no section 'rollout' in a recipe; a recipe has student, teacher"),
             ({"teacher": ..., "data": ...}, "has no teacher and no data; write `teacher: …`"),
             ({"student": None}, "has no student"),
-            ({"student": ""}, "student is empty; write a Hub id, a path, Local or FromConfig"),
-            ({"student": 5}, "student: 5 is no component"),
-            ({"student": "Logits"}, "student: 'Logits' is no student; write a Hub id"),
-            ({"student": {"Data": {"path": "x"}}}, "student: 'Data' is no student"),
-            ({"teacher": {"FromConfig": {"architecture": "llama"}}}, "'FromConfig' is no teacher"),
-            ({"teacher": {"Local": {}}}, r"teacher\.Local: model is missing"),
-            ({"teacher": {"Locl": {"model": "x"}}}, "teacher: no 'Locl' in llm_distill; did you mean 'Local'"),
-            ({"teacher": {"Local": {"model": 3}}}, r"teacher\.Local\.model: 3 is not .* text"),
-            ({"teacher": {"Local": {"model": "x", "dtyp": "auto"}}}, "Local has no 'dtyp'; did you mean 'dtype'"),
-            ({"teacher": "my.teachers:Remote"}, "teacher: .* --allow-code my.teachers"),
-            ({"student": {"subprocess:Popen": {"args": "true"}}}, "student: .* --allow-code subprocess"),
-            ({"teacher": {"Local": {"model": "x/y", "trust_remote_code": True}}}, r"teacher\.Local\.trust_remote_code: code from the repository of x/y .* --allow-code x/y"),
-            ({"student": {"Local": {"model": "x/y", "attn_implementation": "a/kernel"}}}, "'a/kernel' is a kernel from the Hub, .* --allow-code a/kernel"),
-            ({"student": {"FromConfig": {"architecture": "llama", "config": {"_attn_implementation": "a/kernel"}}}}, "is a kernel from the Hub"),
             ({"peft": {"megatron_core": "os"}}, r"peft\.megatron_core: it names code"),
             ({"data": "file.txt"}, r"data: 'file.txt' is no mapping; write data: \{path: …\}"),
             ({"data": {"pth": "x"}}, "data: Data has no 'pth'; did you mean 'path'"),
@@ -111,6 +111,13 @@ class TestSections:
             ({"rows_per_chunk": 0}, "rows_per_chunk: 0; write a number of rows from 1 on"),
             ({"rows_per_chunk": "many"}, "rows_per_chunk: 'many' is not what this takes; write an integer or null"),
             ({"rows_per_chunk": {"rows": 8}}, "rows_per_chunk: .* is not what this takes"),
+            ({"balance": "normalized"}, r"balance: no 'normalized' in llm_distill\.balance; did you mean 'normalised'"),
+            ({"balance": "Balance"}, "no 'Balance' in llm_distill.balance; it has fixed, gradient, normalised, uncertainty"),
+            ({"balance": {"gradient": {"evry": 3}}}, r"balance\.gradient: gradient has no 'evry'; did you mean 'every'"),
+            ({"balance": {"normalised": {"momentum": "much"}}}, r"balance\.normalised\.momentum: 'much' is not .* a number"),
+            ({"balance": {"gradient": {"layer": 1.5}}}, r"balance\.gradient\.layer: 1.5 is not .* an integer"),
+            ({"balance": ["normalised"]}, "balance: .* is no component; write a name"),
+            ({"balance": "mine:rule"}, "balance: 'mine:rule' is code from outside .* --allow-code mine"),
             ({"objectives": [{"Logits": {"target": "Taidd"}}]}, r"objectives\[0\]\.Logits\.target: no 'Taidd' .* did you mean 'Taid'"),
             ({"objectives": [{"Logits": {"target": "Logits"}}]}, "'Logits' is no Taid; write one of Taid"),
             ({"objectives": [{"Logits": {"target": {"Taid": {"start": 2}}}}]}, r"objectives\[0\]\.Logits\.target: Taid: start=2.0, end=1.0; write 0 <= start"),
@@ -137,12 +144,6 @@ class TestSections:
     def test_a_token_in_a_list_is_refused(self) -> None:
         with pytest.raises(InputError, match=r"objectives\.0\.Logits\.name: this looks"):
             recipe(objectives=[{"Logits": {"name": "hf_" + "x" * 20}}])
-
-
-def test_code_from_the_hub_is_allowed_by_the_name_of_its_repository() -> None:
-    teacher = {"Local": {"model": "x/y", "trust_remote_code": True}}
-    made = Recipe.of({**CONTENT, "teacher": teacher}, allow_code=["x/y"])
-    assert made.teacher == Local("x/y", trust_remote_code=True)
 
 
 class TestLoad:

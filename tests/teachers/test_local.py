@@ -21,7 +21,9 @@ from llm_distill.teachers.local import LocalSource, moved
 from tests import on_disk, tiny
 
 CPU = torch.device("cpu")
-ALL = Request(logits=True, hidden=frozenset({0, 2, 4}), heads=frozenset({1, 4}))
+ALL = Request(
+    logits=True, hidden=frozenset({0, 2, 4}), heads=frozenset({1}), relations=frozenset({4})
+)
 
 
 def batch() -> Batch:
@@ -196,6 +198,8 @@ class TestMoved:
         tensors = [there.logits.hidden, there.logits.head.weight, *there.states.values()]
         for heads in there.attention.values():
             tensors += [heads.query, heads.key]
+            tensors += [t for t in (heads.value, heads.whole_query) if t is not None]
+        assert len(tensors) == 2 + 3 + 4 + 2
         assert {tensor.device.type for tensor in tensors} == {"meta"}
 
     def test_dense_logits_move_and_none_stays(self, teacher: PreTrainedModel) -> None:

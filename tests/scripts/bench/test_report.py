@@ -131,6 +131,21 @@ def test_table_says_what_is_missing() -> None:
     assert "rival [x]" in text
 
 
+def test_reports_without_logits_have_no_column_of_them() -> None:
+    arm = result("no maps", "part", 1.0, peak=60.0)
+    made = replace(report(arm, lean="no maps"), facts={"gradients_mib": 13.0})
+    assert table.heads(made)[-3:] == ["peak MiB", "x no maps peak", "computes"]
+    assert [len(cells) for cells in table.rows(made)] == [len(table.heads(made))]
+    assert made.above_gradients(arm) is None
+    assert "gradients that any method returns: 13 MiB" in table.caption(made)
+
+
+def test_several_reports_are_a_list(tmp_path: Path) -> None:
+    made = report(result("a", "ours", 1.0))
+    table.write_json(tmp_path / "all.json", made, made)
+    assert len(json.loads((tmp_path / "all.json").read_text())) == 2
+
+
 def test_markdown_is_appended(tmp_path: Path) -> None:
     path = tmp_path / "RESULTS.md"
     for _ in range(2):

@@ -1,11 +1,10 @@
-"""Students: from a config with a seed, from an id or path, or loaded; dtypes and what is shared."""
+"""Students with random weights: from a config with a seed; what is shared with the teacher."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -13,22 +12,13 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedConfig,
-    PreTrainedModel,
     Qwen3Config,
 )
 
-from llm_distill import FromConfig, Local
-from llm_distill.capture import head_of, plain
+from llm_distill import FromConfig
 from llm_distill.errors import InputError
-from llm_distill.signals import ModelSpec
-from llm_distill.students import (
-    head_name,
-    load_student,
-    refuse_adapted_head,
-    student_spec,
-)
+from llm_distill.provenance import Provenance
 from tests import tiny
 
 SMALL: dict[str, Any] = {
@@ -70,6 +60,14 @@ class TestResolve:
         assert isinstance(made, GPT2Config)
         assert (made.n_layer, made.n_embd, made.n_head, made.vocab_size) == (1, 24, 3, 100)
         assert not made.name_or_path
+
+    def test_random_weights_come_from_no_block(
+        self, config: PreTrainedConfig, tmp_path: Path
+    ) -> None:
+        base = LlamaConfig(**SMALL)
+        Provenance((1, 4), 4, "teacher").write(base)
+        base.save_pretrained(tmp_path)
+        assert Provenance.read(FromConfig(str(tmp_path), {}).resolve(config)) is None
 
     def test_kinds_of_blocks_follow_their_number(
         self, config: PreTrainedConfig, tmp_path: Path
@@ -166,116 +164,3 @@ class TestLoad:
         assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert model.config.use_cache
         assert model.generation_config.eos_token_id == [2, 3]
-
-
-class TestLoadStudent:
-    def test_a_loaded_model_is_taken_as_it_is(self, student: PreTrainedModel) -> None:
-        assert load_student(student, student.config) is student
-
-    def test_masters_are_fp32_and_teachers_as_saved(self, tmp_path: Path) -> None:
-        tiny.llama("student").bfloat16().save_pretrained(tmp_path)
-        config = tiny.llama("teacher").config
-        assert load_student(str(tmp_path), config).dtype is torch.float32
-        assert load_student(Local(str(tmp_path)), config).dtype is torch.float32
-        spec = Local(str(tmp_path), dtype="bfloat16")
-        assert load_student(spec, config).dtype is torch.bfloat16
-        assert Local(str(tmp_path)).load().dtype is torch.bfloat16
-
-    def test_revision_and_trust_are_each_models_own(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        tiny.llama("student").save_pretrained(tmp_path)
-        seen: list[dict[str, Any]] = []
-
-        def record(name: str, **options: Any) -> LlamaForCausalLM:
-            seen.append({"name": name, **options})
-            return tiny.llama("student")
-
-        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", record)
-        config = LlamaConfig()
-        load_student(Local(str(tmp_path), revision="v1", trust_remote_code=True), config)
-        load_student(str(tmp_path), config)
-        assert (seen[0]["revision"], seen[0]["trust_remote_code"]) == ("v1", True)
-        assert "revision" not in seen[1]
-        assert seen[1]["trust_remote_code"] is False
-
-
-class TestSpec:
-    def test_it_is_known_without_weights(self, config: PreTrainedConfig, tmp_path: Path) -> None:
-        tiny.llama("student").config.save_pretrained(tmp_path)
-        expected = {"depth": 2, "width": 32, "heads": 4}
-        for student in (FromConfig("llama", SMALL), str(tmp_path), tiny.llama("student")):
-            spec = student_spec(student, config)
-            assert isinstance(spec, ModelSpec)
-            assert {key: getattr(spec, key) for key in expected} == expected
-
-    def test_its_name(self, config: PreTrainedConfig) -> None:
-        assert student_spec(FromConfig("llama", SMALL), config).name == "FromConfig(llama)"
-        assert student_spec(tiny.llama("student"), config).name == "LlamaForCausalLM"
-
-
-class TestAdaptedHeads:
-    """An adapter on the head is found from names alone."""
-
-    @pytest.mark.parametrize(
-        ("options", "refused"),
-        [
-            ({"target_modules": ["q_proj", "lm_head"]}, True),
-            ({"target_modules": "lm_head"}, True),
-            ({"target_modules": r".*(q_proj|lm_head)"}, True),
-            ({"target_parameters": ["lm_head.weight"]}, True),
-            ({"target_modules": ["q_proj"]}, False),
-            ({"target_modules": "all-linear"}, False),  # PEFT leaves the head out
-            ({"target_modules": ["head"]}, False),
-            ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, False),
-            ({"target_modules": r".*", "exclude_modules": ["lm_head"]}, False),
-            ({"target_parameters": ["q_proj.weight"]}, False),
-            ({}, False),  # PEFT's own choice
-        ],
-    )
-    @pytest.mark.parametrize("kind", ["path", "loaded", "random"])
-    def test_by_any_way_of_naming_it(
-        self, kind: str, options: dict[str, Any], refused: bool, tmp_path: Path
-    ) -> None:
-        tiny.llama("student").config.save_pretrained(tmp_path)
-        students: dict[str, Any] = {
-            "path": str(tmp_path),
-            "loaded": tiny.llama("student"),
-            "random": FromConfig("llama", SMALL),
-        }
-        given = students[kind], tiny.llama("teacher").config, LoraConfig(**options)
-        if not refused:
-            refuse_adapted_head(*given)
-            return
-        with pytest.raises(InputError, match="take lm_head out of target_modules, or write mod"):
-            refuse_adapted_head(*given)
-
-    @pytest.mark.parametrize(("family", "name"), [("gpt2", "lm_head"), ("bert", "decoder")])
-    def test_whatever_the_head_is_called(self, family: str, name: str, tmp_path: Path) -> None:
-        model = tiny.bert() if family == "bert" else tiny.gpt2()
-        model.config.save_pretrained(tmp_path)
-        with pytest.raises(InputError, match=f"would sit on .*{name}, the student's language-mode"):
-            refuse_adapted_head(str(tmp_path), model.config, LoraConfig(target_modules=[name]))
-
-    def test_what_peft_does_agrees(self) -> None:
-        """The model that a refused adapter would have made has no plain head."""
-        made = get_peft_model(tiny.llama("student"), LoraConfig(target_modules=["lm_head"]))
-        with pytest.raises(ValueError, match="take the head out of target_modules"):
-            head_of(plain(made))
-
-    def test_none_and_prompts(self) -> None:
-        student, teacher = tiny.llama("student"), tiny.llama("teacher").config
-        refuse_adapted_head(student, teacher, None)
-        prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-        refuse_adapted_head(student, teacher, prompts)
-
-    def test_a_class_that_is_not_transformers_own_is_left_to_its_weights(self) -> None:
-        class Own(LlamaConfig):
-            model_type = "own_llama"
-
-        class Spec(Local):
-            @property
-            def config(self) -> Any:
-                return Own(**SMALL)
-
-        assert head_name(Spec("me/own"), Own(**SMALL)) is None

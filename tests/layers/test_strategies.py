@@ -1,8 +1,20 @@
-"""Layer maps: known maps, and maps that cannot be."""
+"""Maps by depth alone: known maps, and maps that cannot be."""
+
+from pathlib import Path
 
 import pytest
 
-from llm_distill.layers import LayerMap, explicit, last, skip, uniform
+from llm_distill.errors import InputError
+from llm_distill.layers import (
+    explicit,
+    first,
+    last,
+    random,
+    reverse,
+    saved,
+    skip,
+    uniform,
+)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +114,10 @@ def test_what_is_no_pair_is_refused(pair: list[int]) -> None:
 
 
 def test_the_same_pair_twice_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"a pair stands twice in .*use `weight`"):
+    with pytest.raises(
+        ValueError,
+        match=r"a row stands twice, student layer 4 from teacher layers \[10\]; .*use `weight`",
+    ):
         explicit(4, 10, pairs=[[4, 10], [-1, -1]])
 
 
@@ -111,9 +126,64 @@ def test_no_pairs_are_refused() -> None:
         explicit(4, 10, pairs=[])
 
 
-def test_the_table() -> None:
-    assert str(LayerMap(((1, 2), (2, 12)), 2, 12, "by hand")).splitlines() == [
-        "student layer | teacher layer   by hand",
-        "            1 | 2 of 12",
-        "            2 | 12 of 12",
-    ]
+def test_first() -> None:
+    assert first(4, 10).pairs == ((1, 1), (2, 2), (3, 3), (4, 4))
+    assert first(4, 10, n=2).pairs == ((1, 1), (2, 2))
+    assert first(4, 2).pairs == ((1, 1), (2, 2))
+    assert first(1, 9).pairs == ((1, 1),)
+
+
+@pytest.mark.parametrize("n", [0, -1, 5])
+def test_first_refuses_blocks_that_do_not_exist(n: int) -> None:
+    with pytest.raises(ValueError, match=rf"first asks for n={n}.*depths 4 and 10 allow 1..4"):
+        first(4, 10, n=n)
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(4, 10), (1, 5), (6, 3), (3, 3)])
+def test_reverse_is_uniform_read_backwards(student: int, teacher: int) -> None:
+    forward = [t for _, t in uniform(student, teacher).pairs]
+    assert [t for _, t in reverse(student, teacher).pairs] == forward[::-1]
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(1, 1), (1, 9), (4, 12), (12, 12), (3, 48)])
+def test_random_rises_strictly(student: int, teacher: int) -> None:
+    for epoch in range(20):
+        pairs = random(student, teacher, seed=3, epoch=epoch).pairs
+        blocks = [t for _, t in pairs]
+        assert [s for s, _ in pairs] == list(range(1, student + 1))
+        assert blocks == sorted(set(blocks))
+        assert 1 <= blocks[0] <= blocks[-1] <= teacher
+
+
+def test_random_of_a_deeper_student_never_falls() -> None:
+    blocks = [t for _, t in random(7, 3).pairs]
+    assert len(blocks) == 7
+    assert blocks == sorted(blocks)
+    assert set(blocks) <= {1, 2, 3}
+
+
+def test_random_is_the_same_on_every_machine() -> None:
+    assert random(3, 12).pairs == ((1, 4), (2, 9), (3, 12))
+    assert random(3, 12, seed=1, epoch=2).pairs == ((1, 6), (2, 8), (3, 12))
+
+
+def test_random_is_drawn_anew_by_epoch_and_by_seed() -> None:
+    assert len({random(4, 24, epoch=epoch).pairs for epoch in range(30)}) > 25
+    assert len({random(4, 24, seed=seed).pairs for seed in range(30)}) > 25
+
+
+def test_random_draws_every_block_alike() -> None:
+    """Over 400 epochs each of 6 blocks is in half of the maps of 3 rows, give or take 5 sigma."""
+    drawn = [t for epoch in range(400) for _, t in random(3, 6, epoch=epoch).pairs]
+    for block in range(1, 7):
+        assert abs(drawn.count(block) - 200) < 50
+
+
+def test_saved(tmp_path: Path) -> None:
+    file = tmp_path / "map.yaml"
+    uniform(2, 6).save(file)
+    assert saved(2, 6, path=str(file)) == uniform(2, 6)
+    with pytest.raises(ValueError, match=r"is for a student of 2 blocks and a teacher of 6; these"):
+        saved(3, 6, path=str(file))
+    with pytest.raises(InputError, match=r"there is no layer map at .*none\.yaml"):
+        saved(2, 6, path=str(tmp_path / "none.yaml"))

@@ -1,18 +1,15 @@
-"""Students: a loaded model, an id or path, or random weights of a named architecture."""
+"""Students with random weights of a named architecture."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import (
     CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -20,14 +17,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from llm_distill import loading
-from llm_distill.capture import plain
+from llm_distill import loading, provenance
 from llm_distill.errors import InputError
-from llm_distill.signals import ModelSpec
-from llm_distill.teachers.local import Local
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
 
 SHARED = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 """What a student with random weights takes from its teacher unless told otherwise."""
@@ -152,83 +143,6 @@ class FromConfig:
         )
 
 
-Student = str | PreTrainedModel | Local | FromConfig
-
-
-def student_spec(student: Student, teacher: PreTrainedConfig) -> ModelSpec:
-    """What is known of a student before its weights load."""
-    if isinstance(student, FromConfig):
-        return ModelSpec.of(student.resolve(teacher), f"FromConfig({student.architecture})")
-    return as_local(student).spec
-
-
-def load_student(student: Student, teacher: PreTrainedConfig) -> PreTrainedModel:
-    """The model to train; ids and paths get fp32 master weights unless the spec says otherwise."""
-    if isinstance(student, FromConfig):
-        return student.load(teacher)
-    return as_local(student).load(default_dtype="float32")
-
-
-def refuse_adapted_head(
-    student: Student, teacher: PreTrainedConfig, adapter: PeftConfig | None
-) -> None:
-    """Refuse an adapter on the language-model head, before weights load.
-
-    Raises:
-        InputError: Naming the head, and what to write instead.
-    """
-    if adapter is None or adapter.is_prompt_learning:
-        return
-    head = head_name(student, teacher)
-    if head is not None and _adapts(adapter, head):
-        raise InputError(
-            f"the adapter would sit on {head}, the student's language-model head, and losses on "
-            f"logits read that as one matrix; take {head.rpartition('.')[2]} out of "
-            "target_modules, or write modules_to_save: "
-            f"[{head.rpartition('.')[2]}], which trains it whole"
-        )
-
-
-def head_name(student: Student, teacher: PreTrainedConfig) -> str | None:
-    """What the student's language-model head is called inside it, from the config alone.
-
-    Returns:
-        The name; None where nobody knows it before the weights load.
-    """
-    model = None if isinstance(student, FromConfig) else as_local(student).model
-    if model is None or isinstance(model, str):
-        model = _without_weights(student, teacher)
-    head = None if model is None else plain(model).get_output_embeddings()
-    named = () if model is None else plain(model).named_modules()
-    return next((name for name, module in named if module is head), None)
-
-
-def _without_weights(student: Student, teacher: PreTrainedConfig) -> PreTrainedModel | None:
-    """The student on a device that holds nothing; None for a class that is not transformers'."""
-    spec = student if isinstance(student, FromConfig) else as_local(student)
-    config = spec.resolve(teacher) if isinstance(spec, FromConfig) else spec.config
-    masked = loading.is_masked(config)
-    mapping: Any = MODEL_FOR_MASKED_LM_MAPPING if masked else MODEL_FOR_CAUSAL_LM_MAPPING
-    if type(config) not in mapping:
-        return None
-    with torch.device("meta"):
-        return cast("PreTrainedModel", mapping[type(config)](config))
-
-
-def _adapts(adapter: PeftConfig, head: str) -> bool:
-    """Whether PEFT would put an adapter on a module."""
-    given = vars(adapter)
-    parameters = given.get("target_parameters") or ()
-    if any(f".{head}.weight".endswith(f".{name}") for name in parameters):
-        return True
-    return bool(given.get("target_modules") and check_target_module_exists(adapter, head))
-
-
-def as_local(model: str | PreTrainedModel | Local) -> Local:
-    """A name or a loaded model as a spec."""
-    return model if isinstance(model, Local) else Local(model)
-
-
 def _followers(base: PreTrainedConfig, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """Key and value heads for another number of heads: the same share of them, where that fits."""
     heads, shared = wanted.get("num_attention_heads"), getattr(base, "num_key_value_heads", None)
@@ -245,6 +159,7 @@ def _changed(base: PreTrainedConfig, wanted: Mapping[str, Any]) -> PreTrainedCon
     resized = "hidden_size" in wanted or "num_attention_heads" in wanted
     if resized and values.get("head_dim") == derived:
         del values["head_dim"]
+    values.pop(provenance.KEY, None)  # no weights are copied, so no block comes from anywhere
     if "num_hidden_layers" in wanted:
         for name in ("layer_types", "mlp_layer_types"):
             values.pop(name, None)

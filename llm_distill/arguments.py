@@ -1,0 +1,93 @@
+"""Training arguments that this trainer cannot work with, refused before weights load."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import HubStrategy
+
+from llm_distill.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import TrainingArguments
+
+
+def check_arguments(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments that cannot work, and set those whose default would hurt.
+
+    Raises:
+        InputError: For several GPUs without a launcher, `model_init`, `compute_loss_func`, or a
+            push of checkpoints.
+    """
+    if args.n_gpu > 1:
+        raise InputError(
+            f"{args.n_gpu} GPUs are visible to one process; start one process for each: "
+            f"accelerate launch --num_processes {args.n_gpu} your_script.py (or hide the others "
+            "with CUDA_VISIBLE_DEVICES=0)"
+        )
+    for name in ("model_init", "compute_loss_func"):
+        if kwargs.get(name) is not None:
+            raise InputError(
+                f"DistillTrainer takes no {name}: the loss is the objectives', the student is "
+                "`model`"
+            )
+    _check_sharding()
+    if args.neftune_noise_alpha is not None:
+        raise InputError("neftune_noise_alpha: the student's embeddings are read as they are")
+    if args.label_smoothing_factor:
+        raise InputError(
+            "label_smoothing_factor: the teacher is what smooths the labels; leave it at 0"
+        )
+    if args.push_to_hub and args.hub_strategy in (
+        HubStrategy.CHECKPOINT,
+        HubStrategy.ALL_CHECKPOINTS,
+    ):
+        strategy = HubStrategy(args.hub_strategy).value
+        raise InputError(
+            f"hub_strategy {strategy!r} would upload optimizer states and projectors; write "
+            "every_save or end"
+        )
+    # The filter reads every micro-batch's loss on the host, and hides what it finds.
+    args.logging_nan_inf_filter = False
+    loader: Any = args.accelerator_config
+    if loader.dispatch_batches:
+        raise InputError("dispatch_batches: rows are not cut up like [B, T] tensors; leave it out")
+    loader.dispatch_batches = False
+
+
+def _check_sharding() -> None:
+    """Refuse what Accelerate's launcher asks for and this trainer cannot give.
+
+    Raises:
+        InputError: For ZeRO-3, for FSDP version 1, and for weights that only rank 0 loads.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise InputError(
+            "DeepSpeed ZeRO-3 keeps the head's weight in pieces, which the loss reads whole; use "
+            "FSDP2 (recipes/accelerate/fsdp2.yaml), or ZeRO-1 or 2"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise InputError(
+            "FSDP version 1 flattens the head's weight, which the loss reads; write fsdp_version: 2"
+        )
+    if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
+        raise InputError(
+            "fsdp_cpu_ram_efficient_loading leaves the teacher without weights on all ranks but "
+            "the first; write fsdp_cpu_ram_efficient_loading: false"
+        )
+
+
+def check_checkpointing(args: TrainingArguments) -> None:
+    """Refuse reentrant checkpointing with attention maps before weights load."""
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        if (getattr(args, name, None) or {}).get("use_reentrant"):
+            raise InputError(
+                "AttentionMaps has no gradient under reentrant gradient checkpointing; write "
+                "activation_checkpointing_kwargs: {use_reentrant: false}"
+            )

@@ -1,0 +1,130 @@
+"""From layer strategies to layer maps: what is known at once, and what data have to say first."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from llm_distill.errors import InputError
+from llm_distill.layers import LayerEvidence, asks, auto, decide, race_settings, uniform
+from llm_distill.objectives import Mapped, Objective
+from llm_distill.schedules import linear
+from llm_distill.signals import Request
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from llm_distill.signals import ModelSpec
+
+FADED = 0.6
+"""Share of the training after which hints are gone for a student that starts from random weights:
+they help it to start and hold it back later (Yu et al. 2025, arXiv 2502.04499, tables of random
+initialisation)."""
+
+
+def undecided(objectives: Sequence[Objective]) -> frozenset[str]:
+    """What layer strategies still have to be told (`llm_distill.layers.asks`)."""
+    found: frozenset[str] = frozenset()
+    for objective in objectives:
+        if isinstance(objective, Mapped):
+            found |= objective.undecided
+    return found
+
+
+def known(
+    objectives: Sequence[Objective], student: ModelSpec, teacher: ModelSpec
+) -> tuple[Objective, ...]:
+    """The objectives with every map that follows from the two configs alone.
+
+    Raises:
+        InputError: For a map that fits neither, or a student that was not cut from a teacher where
+            the strategy asks from which layers.
+    """
+    told = LayerEvidence(blocks=student.blocks)
+    return tuple(
+        _decided(objective, student, teacher, told)
+        if isinstance(objective, Mapped) and objective.undecided == {"blocks"}
+        else objective
+        for objective in objectives
+    )
+
+
+def settled(
+    objectives: Sequence[Objective],
+    student: ModelSpec,
+    teacher: ModelSpec,
+    evidence: LayerEvidence,
+) -> tuple[Objective, ...]:
+    """The objectives with the maps that the evidence decides; those that wait for a race stay.
+
+    Raises:
+        InputError: For evidence that a strategy cannot work with.
+    """
+    return tuple(
+        _decided(objective, student, teacher, evidence)
+        if isinstance(objective, Mapped) and objective.undecided - {"race"}
+        else objective
+        for objective in objectives
+    )
+
+
+def fading(objectives: Sequence[Objective], student: ModelSpec) -> tuple[Objective, ...]:
+    """Hints with a plain weight, fading out where the student starts from random weights.
+
+    A schedule, `constant` among them, is taken as it is written.
+    """
+    if not student.fresh:
+        return tuple(objectives)
+    return tuple(
+        replace(
+            objective,
+            weight=partial(linear, start=float(objective.weight), end=0.0, until=FADED),
+        )
+        if isinstance(objective, Mapped) and not callable(objective.weight) and objective.fades
+        else objective
+        for objective in objectives
+    )
+
+
+def requests(
+    objectives: Sequence[Objective], student: ModelSpec, teacher: ModelSpec
+) -> tuple[Request, Request]:
+    """What strategies ask to be shown of both models: `[student, teacher]`.
+
+    Hidden states that are compared; under a race the teacher's logits, which judge it.
+    """
+    asked = undecided(objectives) | _raced(objectives)
+    every = Request(hidden=frozenset(range(teacher.depth + 1)))
+    ours = Request(hidden=frozenset(range(student.depth + 1)))
+    if "race" in asked:
+        every = every | Request(logits=True)
+    if "cross" in asked:
+        return ours, every
+    return Request(), every if asked & {"similarity", "race"} else Request()
+
+
+def _raced(objectives: Sequence[Objective]) -> frozenset[str]:
+    """What the maps that a user adds to a race have to be told."""
+    found: frozenset[str] = frozenset()
+    for objective in objectives:
+        settings = race_settings(objective.layers) if isinstance(objective, Mapped) else None
+        for strategy in settings.also if settings else ():
+            found |= asks(strategy)
+    return found
+
+
+def _decided(
+    objective: Mapped, student: ModelSpec, teacher: ModelSpec, evidence: LayerEvidence
+) -> Objective:
+    """An objective on the map its strategy gives."""
+    depths = student.depth, teacher.depth
+    strategy = objective.layers
+    plain = strategy.func if isinstance(strategy, partial) else strategy
+    if plain is auto and evidence.similarity is None:
+        origin = "auto: too few training data to compare layers, so uniform"
+        return objective.with_map(replace(uniform(*depths), origin=origin))
+    try:
+        return objective.with_map(decide(strategy, *depths, evidence))
+    except ValueError as error:
+        raise InputError(f"{type(objective).__name__}: {error}") from error

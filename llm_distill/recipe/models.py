@@ -1,0 +1,88 @@
+"""The student and the teacher of a recipe, as specs; code from the Hub only where it is allowed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llm_distill.errors import InputError
+from llm_distill.recipe.components import Components, is_spec, split
+from llm_distill.recipe.values import Place
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+TEACHES = {"config", "spec", "find_tokenizer", "open"}
+"""What a teacher can do."""
+
+
+def student_of(value: Any, make: Components) -> Any:  # noqa: ANN401  a spec
+    """The student's spec.
+
+    Raises:
+        InputError: For what is none, or for code that is not allowed.
+    """
+    from llm_distill.students import Made
+    from llm_distill.teachers import Local
+
+    def fits(kind: type) -> bool:
+        return issubclass(kind, Local | Made)
+
+    instead = "a Hub id, a path, Local, FromConfig or FromTeacher"
+    return _model(value, Place("student"), make, fits, instead)
+
+
+def teacher_of(value: Any, make: Components) -> Any:  # noqa: ANN401  a spec
+    """The teacher's spec.
+
+    Raises:
+        InputError: As `student_of`.
+    """
+
+    def fits(kind: type) -> bool:
+        return set(dir(kind)) >= TEACHES
+
+    return _model(value, Place("teacher"), make, fits, "a Hub id, a path, or Local")
+
+
+def _model(
+    value: Any,  # noqa: ANN401  any YAML
+    place: Place,
+    make: Components,
+    fits: Callable[[type], bool],
+    instead: str,
+) -> Any:  # noqa: ANN401  a spec
+    """A spec of a class that fits; a bare id or path is a `Local`."""
+    import llm_distill
+    from llm_distill.teachers import Local
+
+    if isinstance(value, str) and value not in llm_distill.__all__ and ":" not in value:
+        if not value.strip():
+            raise InputError(f"{place} is empty; write {instead}")
+        return Local(value)
+    name, arguments = split(value, place)
+    found = make.find(name, place)
+    if not (isinstance(found, type) and is_spec(found) and fits(found)):
+        raise InputError(f"{place}: {name!r} is no {place}; write {instead}")
+    spec = make.spec(found, arguments, place, place.key(name))
+    _refuse_code(spec, place.key(name), make)
+    return spec
+
+
+def _refuse_code(spec: Any, here: Place, make: Components) -> None:  # noqa: ANN401  a spec
+    """Refuse code from the Hub that the user did not allow."""
+    from llm_distill.students import FromConfig
+    from llm_distill.teachers import Local
+
+    given = spec.config if isinstance(spec, FromConfig) else vars(spec)
+    for key in ("attn_implementation", "_attn_implementation"):
+        kernel = str(given.get(key) or "")
+        if "/" in kernel and kernel not in make.allowed:
+            raise InputError(
+                f"{here}.{key}: {kernel!r} is a kernel from the Hub, which is code; if you trust "
+                f"it, run with --allow-code {kernel}"
+            )
+    if isinstance(spec, Local) and spec.trust_remote_code and spec.model not in make.allowed:
+        raise InputError(
+            f"{here}.trust_remote_code: code from the repository of {spec.model} would run; if you "
+            f"trust it, run with --allow-code {spec.model}"
+        )

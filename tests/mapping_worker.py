@@ -1,0 +1,57 @@
+"""Decides maps and trains with a gate, as one process or as two gloo ranks of one global batch.
+
+Usage: python -m tests.mapping_worker FOLDER   (beside it the folders `student` and `teacher`)
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests import tiny
+from tests.launch import finish
+
+
+def main(folder: Path) -> None:
+    """Twelve steps of four rows: a block of the gate, and two steps of the next."""
+    from llm_distill import DistillTrainer, HiddenStates, Logits
+    from llm_distill import layers as layer_maps
+    from llm_distill.surveying import FILE
+
+    torch.set_num_threads(1)
+    args = tiny.arguments(folder / "out", max_steps=12, per_device_train_batch_size=4)
+    rank, ranks = args.process_index, args.world_size
+    args.per_device_train_batch_size = 4 // ranks
+    student, teacher = (str(folder.parent / role) for role in ("student", "teacher"))
+    objectives = [
+        Logits(),
+        HiddenStates(rows="valid"),
+        HiddenStates(layers=layer_maps.transport, rows="valid"),
+    ]
+    trainer = DistillTrainer(student, teacher, objectives, args, train_dataset=tiny.rows(32))
+    files = [file.name for file in (folder / "out").iterdir()]
+    trainer.train()
+    terms: list[Any] = list(trainer.run.terms.values())[1:]
+    facts: dict[str, Any] = {
+        "pairs": [term.mapping.pairs for term in terms],
+        "files": files,
+        "gate": {f"{k}.{n}": b for k in (0, 1) for n, b in terms[k].gate.state_dict().items()},
+        "similarity": _kept(folder / "out" / FILE),
+    }
+    torch.save(facts, folder / f"{rank}.pt")
+    finish()
+
+
+def _kept(file: Path) -> dict[str, torch.Tensor]:
+    """The figures beside the run."""
+    from safetensors.torch import load_file
+
+    if dist.is_initialized():
+        dist.barrier()
+    return load_file(file)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

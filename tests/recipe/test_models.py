@@ -1,0 +1,61 @@
+# ruff: noqa: E501  tables of cases
+"""Student and teacher of a recipe: ids, specs, and code that has to be allowed."""
+
+from typing import Any
+
+import pytest
+
+from llm_distill import FromConfig, Local
+from llm_distill.errors import InputError
+from llm_distill.recipe import Recipe
+
+CONTENT = {"student": "me/student", "teacher": "me/teacher", "data": {"path": "me/data"}}
+
+
+def recipe(**changes: Any) -> Recipe:
+    return Recipe.of({**CONTENT, **changes})
+
+
+def test_ids_and_paths() -> None:
+    made = recipe(student="./folder")
+    assert made.student == Local("./folder")
+    assert made.teacher == Local("me/teacher")
+
+
+def test_specs() -> None:
+    made = recipe(
+        student={"FromConfig": {"architecture": "llama", "config": {"hidden_size": 32}}},
+        teacher={"Local": {"model": "t", "dtype": "bfloat16", "tokenizer": "other"}},
+    )
+    assert made.student == FromConfig("llama", {"hidden_size": 32})
+    assert made.teacher == Local("t", dtype="bfloat16", tokenizer="other")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student": ""}, "student is empty; write a Hub id, a path, Local, FromConfig or FromTeacher"),
+        ({"student": 5}, "student: 5 is no component"),
+        ({"student": "Logits"}, "student: 'Logits' is no student; write a Hub id"),
+        ({"student": {"Data": {"path": "x"}}}, "student: 'Data' is no student"),
+        ({"teacher": {"FromConfig": {"architecture": "llama"}}}, "'FromConfig' is no teacher"),
+        ({"teacher": {"Local": {}}}, r"teacher\.Local: model is missing"),
+        ({"teacher": {"Locl": {"model": "x"}}}, "teacher: no 'Locl' in llm_distill; did you mean 'Local'"),
+        ({"teacher": {"Local": {"model": 3}}}, r"teacher\.Local\.model: 3 is not .* text"),
+        ({"teacher": {"Local": {"model": "x", "dtyp": "auto"}}}, "Local has no 'dtyp'; did you mean 'dtype'"),
+        ({"teacher": "my.teachers:Remote"}, "teacher: .* --allow-code my.teachers"),
+        ({"student": {"subprocess:Popen": {"args": "true"}}}, "student: .* --allow-code subprocess"),
+        ({"teacher": {"Local": {"model": "x/y", "trust_remote_code": True}}}, r"teacher\.Local\.trust_remote_code: code from the repository of x/y .* --allow-code x/y"),
+        ({"student": {"Local": {"model": "x/y", "attn_implementation": "a/kernel"}}}, "'a/kernel' is a kernel from the Hub, .* --allow-code a/kernel"),
+        ({"student": {"FromConfig": {"architecture": "llama", "config": {"_attn_implementation": "a/kernel"}}}}, "is a kernel from the Hub"),
+    ],
+)  # fmt: skip
+def test_what_is_no_model_is_refused_with_its_place(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        recipe(**changes)
+
+
+def test_code_from_the_hub_is_allowed_by_the_name_of_its_repository() -> None:
+    teacher = {"Local": {"model": "x/y", "trust_remote_code": True}}
+    made = Recipe.of({**CONTENT, "teacher": teacher}, allow_code=["x/y"])
+    assert made.teacher == Local("x/y", trust_remote_code=True)
