@@ -90,3 +90,13 @@ def check_row_function(
             f"{owner}: loss {name} has no gradient for the student, so nothing would be trained; "
             "leave the student's tensor attached (no .detach(), argmax or .item())"
         )
+
+
+def check_least(name: str, number: int | None, least: int) -> None:
+    """Refuse a number that is too small.
+
+    Raises:
+        ValueError: Naming the setting.
+    """
+    if number is not None and number < least:
+        raise ValueError(f"{name} is {number}; write a number from {least} on")

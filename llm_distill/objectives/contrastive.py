@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llm_distill.layers import LayerStrategy, asks, last
 from llm_distill.losses.softmax import wide
 from llm_distill.objectives.base import Evidence, Term
-from llm_distill.objectives.checks import check_choice
+from llm_distill.objectives.checks import check_choice, check_least
 from llm_distill.objectives.embeddings import Fixed, Trained
 from llm_distill.objectives.mapped import Mapped
 from llm_distill.objectives.negatives import Crowd, Facts, Queue, Ranks, likes
@@ -88,10 +88,10 @@ class Contrastive(Mapped):
             raise ValueError(
                 f"Contrastive: temperature is {self.temperature}; write a number above 0 (0.07)"
             )
-        _check_least("embedding", self.embedding, 1)
-        _check_least("most", self.choice.most, 2)
+        check_least("Contrastive: embedding", self.embedding, 1)
+        check_least("Contrastive: most", self.choice.most, 2)
         for name, number in (("skip", self.skip), ("apart", self.apart), ("queue", self.queue)):
-            _check_least(name, number, 0)
+            check_least(f"Contrastive: {name}", number, 0)
         if self.apart and self.items != "token":
             raise ValueError(
                 f"Contrastive: apart is {self.apart} tokens, and items are {self.items}, one for a "
@@ -289,13 +289,3 @@ class ContrastiveTerm(Term):
 def _normal(states: Tensor) -> Tensor:
     """Zero mean and unit variance over the features: `[N, D] -> [N, D]`, fp32 or better."""
     return F.layer_norm(wide(states), states.shape[-1:])
-
-
-def _check_least(name: str, number: int | None, least: int) -> None:
-    """Refuse a number that is too small.
-
-    Raises:
-        ValueError: Naming the setting.
-    """
-    if number is not None and number < least:
-        raise ValueError(f"Contrastive: {name} is {number}; write a number from {least} on")

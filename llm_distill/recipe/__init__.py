@@ -16,6 +16,7 @@ Sections:
 * ``teacher``: a Hub id, a path, or ``Local``.
 * ``data``: the fields of `llm_distill.Data`.
 * ``objectives``: a list of components; by default cross-entropy (0.1) and forward KL on the logits.
+* ``balance``: how their weights move, by a name of `llm_distill.balance`; by default as written.
 * ``training``: `transformers.TrainingArguments`, nothing renamed. By default ``output_dir`` is
   ``out/<name of the recipe>``, ``report_to`` none and ``logging_steps`` 10.
 * ``peft``: `peft.LoraConfig`, to train an adapter instead of the whole student. By default there

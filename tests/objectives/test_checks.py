@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from llm_distill import AttentionMaps, HiddenStates, Logits
-from llm_distill.objectives.checks import check_choice, check_evidence, check_row_function
+from llm_distill.objectives.checks import (
+    check_choice,
+    check_evidence,
+    check_least,
+    check_row_function,
+)
 
 
 def scalar(s: Tensor, t: Tensor) -> Tensor:
@@ -87,3 +92,10 @@ def test_a_loss_with_parameters_is_refused() -> None:
 
     with pytest.raises(ValueError, match="Weighted has parameters, which nobody would train"):
         check_row_function(Weighted(), (2, 3), "ours")
+
+
+def test_numbers_below_the_least_are_refused() -> None:
+    check_least("Contrastive: queue", 0, 0)
+    check_least("Contrastive: most", None, 2)
+    with pytest.raises(ValueError, match=r"most is 1.*2"):
+        check_least("Contrastive: most", 1, 2)
