@@ -6,8 +6,18 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
+
 from llm_distill.errors import InputError
-from llm_distill.layers import LayerEvidence, asks, auto, decide, race_settings, uniform
+from llm_distill.layers import (
+    LayerEvidence,
+    Similarity,
+    asks,
+    auto,
+    decide,
+    race_settings,
+    uniform,
+)
 from llm_distill.objectives import Mapped, Objective
 from llm_distill.schedules import linear
 from llm_distill.signals import Request
@@ -41,12 +51,26 @@ def known(
         InputError: For a map that fits neither, or a student that was not cut from a teacher where
             the strategy asks from which layers.
     """
-    told = LayerEvidence(blocks=student.blocks)
-    return tuple(
-        _decided(objective, student, teacher, told)
-        if isinstance(objective, Mapped) and objective.undecided == {"blocks"}
+    # What waits for data is decided once on layers that are all alike, to refuse bad settings now.
+    tried = [
+        _decided(objective, student, teacher, _alike(student, teacher))
+        if isinstance(objective, Mapped) and objective.undecided - {"race"}
         else objective
         for objective in objectives
+    ]
+    early = {"blocks"}
+    return tuple(
+        made if isinstance(objective, Mapped) and objective.undecided == early else objective
+        for objective, made in zip(objectives, tried, strict=True)
+    )
+
+
+def _alike(student: ModelSpec, teacher: ModelSpec) -> LayerEvidence:
+    """Evidence of layers that are all alike."""
+    ours, theirs = torch.ones(student.depth + 1, 1), torch.ones(teacher.depth + 1, 1)
+    similarity, cross = theirs * theirs.T, ours * theirs.T
+    return LayerEvidence(
+        Similarity(similarity, similarity), Similarity(cross, cross), student.blocks
     )
 
 
@@ -105,10 +129,17 @@ def requests(
 
 
 def _raced(objectives: Sequence[Objective]) -> frozenset[str]:
-    """What the maps that a user adds to a race have to be told."""
+    """What the maps that a user adds to a race have to be told.
+
+    Raises:
+        InputError: For settings of a race that are out of range.
+    """
     found: frozenset[str] = frozenset()
     for objective in objectives:
-        settings = race_settings(objective.layers) if isinstance(objective, Mapped) else None
+        try:
+            settings = race_settings(objective.layers) if isinstance(objective, Mapped) else None
+        except ValueError as error:
+            raise InputError(str(error)) from error
         for strategy in settings.also if settings else ():
             found |= asks(strategy)
     return found

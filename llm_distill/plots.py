@@ -55,7 +55,9 @@ def heat_map(
     side = min(max(CELL * across, SMALLEST), LARGEST)
     below = 0.0 if cross is None else side * up / across
     beside = below > side / 2  # two large panels stand side by side
-    size = (2 * (side + 1.4), max(side, below) + 1.1) if beside else (side + 1.4, side + below + 2)
+    size = (side + 1.4, side + below + (1.1 if cross is None else 2.0))
+    if beside:
+        size = (2 * (side + 1.4), max(side, below) + 1.1)
     figure = Figure(figsize=size, layout="constrained")
     ratios = [side, below] if cross is not None else [side]
     grid = (

@@ -95,8 +95,9 @@ class Run:
     def opening_request(self) -> Request:
         """What the teacher may be asked for: in the training, and before it by what data decide."""
         specs = self.student, self.teacher.spec
-        compared, surveyed = mapping.requests(self.objectives, *specs), binding.survey(
-            self.objectives, *specs
+        compared, surveyed = (
+            mapping.requests(self.objectives, *specs),
+            binding.survey(self.objectives, *specs),
         )
         return self.teacher_request | compared[1] | surveyed[1]
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from functools import reduce
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from llm_distill.distiller import Distiller
+    from llm_distill.objectives import Term
 
 STUDENT = "student."
 TERMS = "terms."
@@ -51,7 +54,8 @@ def save_terms(distiller: Distiller, folder: Path, state: Mapping[str, Tensor] |
     if state is not None:
         own = {k.removeprefix(TERMS): v for k, v in state.items() if k.startswith((TERMS, BALANCE))}
     if own:
-        save_file({k: v.contiguous().cpu() for k, v in own.items()}, folder / TERMS_FILE)
+        tensors = {k: v.contiguous().cpu() for k, v in own.items()}
+        save_file(tensors, folder / TERMS_FILE, metadata={"maps": _maps(distiller)})
 
 
 def load_student(distiller: Distiller, folder: Path) -> None:
@@ -100,6 +104,13 @@ def load_terms(distiller: Distiller, folder: Path) -> None:
             f"{path} is missing: the projectors of this run would start anew; resume from another "
             "checkpoint, or start over"
         )
+    with safe_open(str(path), framework="pt") as file:
+        maps = (file.metadata() or {}).get("maps", _maps(distiller))
+    if maps != _maps(distiller):
+        raise ValueError(
+            f"{path} is of other layer maps: {maps}; this run has {_maps(distiller)}; write the "
+            "maps it was trained with (layers: {explicit: {pairs: …}}), or start over"
+        )
     found = load_file(path)
     ours, theirs = ({k for k in keys if k.startswith(BALANCE)} for keys in (own, found))
     if ours != theirs:
@@ -109,6 +120,13 @@ def load_terms(distiller: Distiller, folder: Path) -> None:
         )
     distiller.terms.load_state_dict({k: v for k, v in found.items() if k not in theirs})
     distiller.balance.load_state_dict({k.removeprefix(BALANCE): found[k] for k in theirs})
+
+
+def _maps(distiller: Distiller) -> str:
+    """The layer maps that projectors and matched heads belong to, by the number of the term."""
+    terms = enumerate(cast("Iterable[Term]", distiller.terms))
+    maps = {str(k): term.mapping for k, term in terms if term.mapping is not None}
+    return json.dumps({k: [[row.student, row.teacher] for row in m.rows] for k, m in maps.items()})
 
 
 def _learned(distiller: Distiller) -> dict[str, Tensor]:

@@ -149,7 +149,8 @@ class DistillTrainer(StepTrainer):
     def _announce(self, *lines: str) -> None:
         """Show lines on rank 0, unless somebody else tells them."""
         if lines and self.announces and self.is_world_process_zero():
-            Console(stderr=True, highlight=False).print("\n".join(lines), markup=False)
+            told = Console(stderr=True, highlight=False)
+            told.print("\n".join(lines), markup=False, soft_wrap=True)
 
     # Loss
 

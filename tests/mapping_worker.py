@@ -9,21 +9,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from tests import tiny
 from tests.launch import finish
 
 
-def main(folder: Path) -> None:
+def train(folder: Path) -> dict[str, Any]:
     """Twelve steps of four rows: a block of the gate, and two steps of the next."""
     from llm_distill import DistillTrainer, HiddenStates, Logits
     from llm_distill import layers as layer_maps
     from llm_distill.surveying import FILE
 
-    torch.set_num_threads(1)
     args = tiny.arguments(folder / "out", max_steps=12, per_device_train_batch_size=4)
-    rank, ranks = args.process_index, args.world_size
-    args.per_device_train_batch_size = 4 // ranks
+    args.per_device_train_batch_size = 4 // args.world_size
     student, teacher = (str(folder.parent / role) for role in ("student", "teacher"))
     objectives = [
         Logits(),
@@ -31,26 +30,30 @@ def main(folder: Path) -> None:
         HiddenStates(layers=layer_maps.transport, rows="valid"),
     ]
     trainer = DistillTrainer(student, teacher, objectives, args, train_dataset=tiny.rows(32))
+    _wait()
     files = [file.name for file in (folder / "out").iterdir()]
     trainer.train()
     terms: list[Any] = list(trainer.run.terms.values())[1:]
-    facts: dict[str, Any] = {
+    gates = {f"{k}.{n}": b for k in (0, 1) for n, b in terms[k].gate.state_dict().items()}
+    return {
         "pairs": [term.mapping.pairs for term in terms],
         "files": files,
-        "gate": {f"{k}.{n}": b for k in (0, 1) for n, b in terms[k].gate.state_dict().items()},
-        "similarity": _kept(folder / "out" / FILE),
+        "gate": gates,
+        "similarity": load_file(folder / "out" / FILE),
     }
-    torch.save(facts, folder / f"{rank}.pt")
+
+
+def main(folder: Path) -> None:
+    """Train, and write down what this rank found."""
+    torch.set_num_threads(1)
+    torch.save(train(folder), folder / f"{dist.get_rank()}.pt")
     finish()
 
 
-def _kept(file: Path) -> dict[str, torch.Tensor]:
-    """The figures beside the run."""
-    from safetensors.torch import load_file
-
+def _wait() -> None:
+    """Rank 0 writes what the others read."""
     if dist.is_initialized():
         dist.barrier()
-    return load_file(file)
 
 
 if __name__ == "__main__":

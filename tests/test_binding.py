@@ -177,7 +177,6 @@ class TestMakeBatch:
         assert batch.queries.per_sequence == (*whole.per_sequence[:keep], *[0] * (4 - keep))
         assert batch.queries.position[:keep].tolist() == whole.position[:keep].tolist()
 
-
     @pytest.mark.parametrize("keep", [None, 0, 2])
     def test_the_teachers_own_batch_has_the_same_sequences(self, keep: int | None) -> None:
         collated, other = self.collated(), self.collated()

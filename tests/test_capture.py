@@ -188,7 +188,7 @@ def test_relations_keep_whole_vectors_of_their_blocks_alone(
     assert torch.equal(block.whole_query.gather(2, place), block.query)
     total = torch.zeros(())
     for kind in ("query", "key", "value"):
-        total = total + block.relation(kind, 2, batch.queries).maps(batch.queries).square().sum()  # type: ignore[arg-type]  # words, which mypy calls str
+        total = total + block.relation(kind, 2, batch.queries).maps(batch.queries).square().sum()
     total.backward()
     reader.release()
     own = teacher.model.layers[2].self_attn

@@ -1,8 +1,8 @@
 """One global batch gives one result, however it is split over micro-batches, ranks and shards.
 
-Three steps of SGD at 1e-2 in fp32 with all three signals, random and fitted projectors, matched
-heads, relations, very uneven token counts, and rows, whole micro-batches and ranks without any supervised
-token. Bound: 3e-7 in every weight.
+Three steps of SGD at 1e-2 in fp32 with all three signals and relations, random and fitted
+projectors, matched heads, very uneven token counts, and rows, whole micro-batches and ranks without
+any supervised token. Bound: 3e-7 in every weight.
 """
 
 from pathlib import Path

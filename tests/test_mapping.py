@@ -256,3 +256,18 @@ def divergence(after: Tensor, before: Tensor) -> float:
     """Of shares from where they started, nats."""
     now, start = after.log_softmax(0), before.log_softmax(0)
     return (now.exp() * (now - start)).sum().item()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (partial(layer_maps.auto, most=0), "most"),
+        (partial(layer_maps.transport, epsilon=0.0), "epsilon"),
+        (partial(layer_maps.cka, prior=-1.0), "prior"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_there_are_data(
+    strategy: Any, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        known([hints(strategy)], *SPECS)

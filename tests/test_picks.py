@@ -29,9 +29,7 @@ def batch(mask: Tensor = MASK, *, epoch: int = 0, seed: int = 0, first: int = 5)
 
 
 def positions(picked: Picked) -> list[tuple[int, int]]:
-    return list(
-        zip(picked.rows.sequence.tolist(), picked.rows.position.tolist(), strict=True)
-    )
+    return list(zip(picked.rows.sequence.tolist(), picked.rows.position.tolist(), strict=True))
 
 
 def square(student: Tensor, teacher: Tensor) -> Tensor:

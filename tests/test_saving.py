@@ -13,6 +13,7 @@ from llm_distill.balance import gradient, normalised, uncertainty
 from llm_distill.balance.base import settle
 from llm_distill.binding import bind
 from llm_distill.distiller import Distiller
+from llm_distill.layers import first, uniform
 from llm_distill.saving import (
     ADAPTER_FILE,
     TERMS_FILE,
@@ -165,3 +166,18 @@ def test_parts_wider_than_the_rest_come_back_unrounded(tmp_path: Path) -> None:
     load_student(other, tmp_path)
     ours, theirs = saved.student.state_dict(), other.student.state_dict()
     assert all(torch.equal(ours[k], theirs[k]) and ours[k].dtype == theirs[k].dtype for k in ours)
+
+
+def test_projectors_of_another_map_are_refused(tmp_path: Path) -> None:
+    """They would fit by their shapes, and belong to other layers."""
+
+    def made(layers: Any) -> Distiller:
+        student, teacher = tiny.llama("student"), tiny.llama("teacher")
+        specs = ModelSpec.of(student.config, "student"), ModelSpec.of(teacher.config, "teacher")
+        terms = {"HiddenStates": HiddenStates(layers=layers).build(*specs)}
+        return Distiller(student, terms, "student")
+
+    save_terms(made(uniform), tmp_path, None)
+    load_terms(made(uniform), tmp_path)
+    with pytest.raises(ValueError, match=r"of other layer maps: .*\[2, \[\[4, 1.0\]\]\]"):
+        load_terms(made(first), tmp_path)

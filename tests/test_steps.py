@@ -355,6 +355,27 @@ class TestBalancedTraining:
         trainer.train()
         assert furthest(before, weights(trainer)) < 1e-5
 
+    @pytest.mark.parametrize("balance", EVERY)
+    def test_blocks_that_learn_alone_go_without_it(self, tmp_path: Path, balance: Any) -> None:
+        """The first step that all take together is measured before, as else the first of all."""
+        hint = HiddenStates(blockwise=0.5, weight=0.5)
+        trainer = build(tmp_path, balance, [CrossEntropy(), Logits(), hint], max_steps=4)
+        seen: list[tuple[int, bool]] = []
+        forward = trainer.distiller.forward
+
+        def noting(batch: Any, teacher: Any, step: Step) -> Any:
+            seen.append((trainer.state.global_step, step.rehearsal))
+            return forward(batch, teacher, step)
+
+        trainer.distiller.forward = noting  # type: ignore[method-assign]
+        trainer.train()
+        rehearsed = [done for done, rehearsal in seen if rehearsal]
+        assert rehearsed == ([] if balance is uncertainty else [2])
+        for log in logs(trainer)[:2]:
+            assert log["weight/HiddenStates"] == 0.5
+            assert log["loss"] == pytest.approx(0.5 * log["loss/HiddenStates"], rel=1e-5)
+        assert all(log["weight/Logits"] > 0 for log in logs(trainer)[2:])
+
     def test_the_table_before_training_tells(self, tmp_path: Path, capsys: Any) -> None:
         trainer = build(tmp_path, normalised)
         trainer.announces = True

@@ -4,6 +4,7 @@ Expected values are plain loops over plain transformers models, one unpadded tex
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from llm_distill import (
     pkt,
     rkd_angle,
     rkd_distance,
+    surveying,
 )
 from llm_distill import cka as cka_loss
 from llm_distill.cli import main
 from llm_distill.errors import InputError
-from llm_distill.layers import auto, cka, last, transport
+from llm_distill.layers import Similarities, auto, cka, last, transport
 from llm_distill.recipe import document
 from tests import on_disk, reference_features, tiny
 from tests.exactness_worker import whole
@@ -51,7 +53,8 @@ def trainer(folder: Path, *given: Any, **changes: Any) -> DistillTrainer:
 def state(model: PreTrainedModel, ids: list[int], layer: int, skip: int) -> Tensor:
     """Mean hidden state of one text: `[D]`."""
     output = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
-    return output.hidden_states[layer][0, skip:].double().mean(0)
+    states: Tensor = output.hidden_states[layer][0, skip:].double()
+    return states.mean(0)
 
 
 def means(pairs: list[tuple[int, int]], skip: int = 0) -> list[tuple[Array, Array]]:
@@ -74,16 +77,22 @@ def means(pairs: list[tuple[int, int]], skip: int = 0) -> list[tuple[Array, Arra
     return found
 
 
+def stacked(model: Any, ids: list[list[int]]) -> list[Tensor]:
+    """Means of texts behind the first four tokens, layer by layer: L x `[n, D]`."""
+    found = [model(torch.tensor([x]), output_hidden_states=True).hidden_states for x in ids]
+    return [torch.stack([h[0, 4:].mean(0) for h in layer]) for layer in zip(*found, strict=True)]
+
+
 def normal(x: Array) -> Array:
     """Zero mean and unit variance over the features."""
     centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    return np.asarray(centred / np.sqrt(x.var(-1, keepdims=True) + 1e-5))
 
 
 def mapped(x: Array, linear: nn.Module) -> Array:
     """Through a linear layer."""
     weight, bias = (p.detach().double().numpy() for p in linear.parameters())
-    return x @ weight.T + bias
+    return np.asarray(x @ weight.T + bias)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("right", "left"), ("left", "right")])
@@ -108,7 +117,8 @@ class TestValues:
         assert "eval_kl" not in metrics
 
     def test_mse_through_projectors(self, sides: dict[str, Any], tmp_path: Path) -> None:
-        done = trainer(tmp_path, *objectives(), **sides)
+        fit = HiddenStates(layers=last, init="least_squares", name="fitted", **POOLED)
+        done = trainer(tmp_path, *objectives(), fit, **sides)
         metrics = done.evaluate()
         terms: Any = done.run.terms
         values = []
@@ -142,7 +152,8 @@ def test_one_tokenizer_taken_for_two_gives_the_same_training(
         "teacher": Local(
             tiny.llama("teacher", vocabulary=on_disk.VOCABULARY), tokenizer=on_disk.tokenizer()
         ),
-        "train_dataset": data()[1:],  # but a text of nothing, which only aligned tokens have
+        # Without texts of nothing: an end alone is a token, and no text.
+        "train_dataset": [row for row in data() if len(row["input_ids"]) > 1],
     }
     hints = [
         HiddenStates(loss=pkt, **POOLED),
@@ -219,6 +230,30 @@ class TestMaps:
         assert strategy.__name__ in notes
         assert "calibration" not in notes
 
+    def test_the_similarities_are_those_of_pooled_texts(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """8 sets of 16 texts of at least 4 words, each read alone by plain models."""
+        monkeypatch.setattr(surveying, "POOLED", 128)
+        monkeypatch.setattr(surveying, "FEWEST", 12)
+        said = [f"{k} {text}" for k, text in enumerate(texts(400)) if text.count(" ") > 3][:128]
+        ids = [on_disk.tokenizer()(text).input_ids for text in said]
+        rows = [{"input_ids": tokens, "labels": tokens} for tokens in ids]
+        hint = HiddenStates(loss=pkt, layers=transport, **POOLED)
+        done = trainer(tmp_path, hint, train_dataset=rows, eval_dataset=None)
+        run = replace(done.run, objectives=(hint,))
+        source = run.teacher.open(run.opening_request, done.args.device)
+        found = surveying.survey(run, done.student, source, done.args).cross
+        expected = Similarities()
+        teacher, student = run.teacher.model, done.student  # type: ignore[attr-defined]
+        with torch.no_grad():
+            for start in range(0, 128, 16):
+                part = slice(start, start + 16)
+                theirs = [on_disk.foreign()(text).input_ids for text in said[part]]
+                expected.add(stacked(teacher, theirs), stacked(student, ids[part]))
+        assert found is not None
+        assert torch.allclose(found.values, expected.result()["cross"].values, atol=1e-4)
+
     def test_the_teachers_own_layers_by_its_own_tokens(self, tmp_path: Path) -> None:
         done = trainer(
             tmp_path,
@@ -231,15 +266,17 @@ class TestMaps:
         assert len(done.run.told) == 1
 
 
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What each engine and splitting ended with."""
+    folder = tmp_path_factory.mktemp("two_tokenizers")
+    for engine, ranks in (("one", 1), ("ddp", 2)):
+        launch("tests.two_tokenizers_worker", engine, str(folder), ranks=ranks)
+    return {e: torch.load(folder / f"{e}.pt", weights_only=True) for e in ("one", "ddp")}
+
+
 @pytest.mark.distributed
 class TestSplittings:
-    @pytest.fixture(scope="class")
-    def results(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-        folder = tmp_path_factory.mktemp("two_tokenizers")
-        for engine, ranks in (("one", 1), ("ddp", 2)):
-            launch("tests.two_tokenizers_worker", engine, str(folder), ranks=ranks)
-        return {e: torch.load(folder / f"{e}.pt", weights_only=True) for e in ("one", "ddp")}
-
     @pytest.mark.parametrize(
         ("engine", "splitting"), [("one", "1x8"), ("ddp", "4x1"), ("ddp", "1x4")]
     )
@@ -274,6 +311,8 @@ class TestRecipe:
         teacher = tiny.llama("teacher", vocabulary=on_disk.FOREIGN)
         teacher.save_pretrained(tmp_path / "teacher")
         on_disk.foreign().save_pretrained(tmp_path / "teacher")
+        lines = [json.dumps({"text": f"{k} {text}"}) for k, text in enumerate(texts(24))]
+        (tmp_path / "data.jsonl").write_text("\n".join(lines), encoding="utf-8")
         hint = {"HiddenStates": {"loss": "pkt", **POOLED}}
         return on_disk.document(tmp_path) | {"objectives": ["CrossEntropy", hint]}
 

@@ -5,6 +5,7 @@ A strategy is a function of the student's and the teacher's depth; settings are 
 
 import random as stdlib_random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from llm_distill.layers.map import LayerMap
 
@@ -153,11 +154,14 @@ def explicit(student_depth: int, teacher_depth: int, *, pairs: Sequence[Sequence
 def saved(student_depth: int, teacher_depth: int, *, path: str) -> LayerMap:
     """The map in a YAML file, such as `llm-distill map` and `LayerMap.save` write.
 
+    Figures in it are left out: they were of the map as it was written.
+
     Raises:
         InputError: If there is no such file, or an entry cannot be.
         ValueError: If it is for other depths.
     """
-    return LayerMap.load(path)(student_depth, teacher_depth)
+    found = LayerMap.load(path)(student_depth, teacher_depth)
+    return replace(found, origin=f"saved in {path}, from {found.origin}", evidence=())
 
 
 def _check_count(name: str, n: int, student_depth: int, teacher_depth: int) -> None:

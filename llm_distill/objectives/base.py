@@ -15,6 +15,7 @@ from llm_distill.signals import ModelSpec, Request, Signals
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from llm_distill.layers import LayerMap
     from llm_distill.losses.rowwise import RowTerm
 
 
@@ -53,6 +54,7 @@ class Term(nn.Module):
         rows: The rows it counts.
         queries: The query rows it samples, for terms on attention maps.
         notes: What was decided when it was bound, for the table before training.
+        mapping: Its layer map, for terms that pair layers.
         adapts: Whether it wants to hear of its own value after each step.
         observes: M, sums it takes during the backward of a step; a term with any adapts.
         observed: `[M]` fp32, where it adds them up. The ledger makes it, and empties it after each
@@ -62,6 +64,7 @@ class Term(nn.Module):
     adapts = False
     observes = 0
     observed: Tensor | None = None
+    mapping: LayerMap | None = None
 
     def __init__(
         self,

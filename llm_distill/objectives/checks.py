@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +45,17 @@ def describe_function(function: Callable[..., object]) -> str:
     """
     inner = getattr(function, "func", function)
     keywords = getattr(function, "keywords", {})
-    arguments = ", ".join(f"{key}={value}" for key, value in keywords.items())
+    arguments = ", ".join(f"{key}={_said(value)}" for key, value in keywords.items())
     name = getattr(inner, "__name__", type(inner).__name__)
     return f"{name}({arguments})" if arguments else str(name)
+
+
+def _said(value: object) -> str:
+    """A setting, functions among them by their names."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_said(entry) for entry in value)}]"
+    function = inspect.isroutine(value) or isinstance(value, partial)
+    return describe_function(cast("Callable[..., object]", value)) if function else str(value)
 
 
 def check_row_function(

@@ -156,6 +156,8 @@ class ContrastiveTerm(Term):
 
     observes = 2
 
+    mapping: LayerMap
+
     def __init__(
         self, spec: Contrastive, mapping: LayerMap, student_width: int, teacher_width: int
     ) -> None:

@@ -33,6 +33,8 @@ class MapTerm(Term):
         redraw: The strategy of a map that is drawn anew in each epoch.
     """
 
+    mapping: LayerMap
+
     def __init__(
         self,
         mapping: LayerMap,

@@ -61,6 +61,8 @@ class HiddenStatesTerm(Term):
         start: Where blocks begin while they learn alone, and until which progress; None: never.
     """
 
+    mapping: LayerMap
+
     def __init__(
         self,
         comparison: Comparison,
@@ -124,7 +126,8 @@ class HiddenStatesTerm(Term):
 
     def figures(self) -> dict[str, float]:
         """The cosine that the gate goes by."""
-        return {} if self.gate is None else {"cosine": float(self.gate.cosine)}
+        cosine = math.nan if self.gate is None else float(self.gate.cosine)
+        return {} if math.isnan(cosine) else {"cosine": cosine}
 
     def alone(self, progress: float) -> bool:
         """Whether every block learns alone now, and nothing else is trained."""

@@ -224,6 +224,25 @@ class TestRace:
         assert ended.code == 0, ended.err
         assert told(ended)[0]["blockwise"] == pytest.approx(1 / 3, abs=1e-3)
 
+    def test_a_training_finds_the_race_that_was_run(
+        self, race: Race, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert race(lambda arm: arm.name == "last").code == 0
+
+        def refuse(heats: Heats, arm: Arm, steps: int) -> float:
+            raise AssertionError("it was run again")
+
+        def stop(trainer: DistillTrainer, *args: Any, **kwargs: Any) -> None:
+            raise FloatingPointError("far enough")
+
+        monkeypatch.setattr(Heats, "measure", refuse)
+        monkeypatch.setattr(DistillTrainer, "train", stop)
+        data = {"path": str(tmp_path / "more.jsonl"), "max_length": 32}
+        ended = cli("run", "--training.max_steps", "20000", objectives=self.objectives(), data=data)
+        assert "far enough" in ended.err
+        assert "<- taken" in ended.out
+        assert "2 | 4 of 4" in ended.out
+
     def test_no_hint(self, race: Race, tmp_path: Path) -> None:
         ended = race(lambda arm: arm.mapping is None)
         assert ended.code == 0, ended.err

@@ -6,6 +6,7 @@ import pytest
 
 from llm_distill.errors import InputError
 from llm_distill.layers import (
+    LayerMap,
     explicit,
     first,
     last,
@@ -179,10 +180,18 @@ def test_random_draws_every_block_alike() -> None:
         assert abs(drawn.count(block) - 200) < 50
 
 
+def test_figures_of_a_saved_map_were_of_the_map_as_it_was_written(tmp_path: Path) -> None:
+    file = tmp_path / "map.yaml"
+    LayerMap.of([(1, 3), (2, 6)], 2, 6, "auto", evidence=(("score", 0.9),)).save(file)
+    assert saved(2, 6, path=str(file)).evidence == ()
+
+
 def test_saved(tmp_path: Path) -> None:
     file = tmp_path / "map.yaml"
     uniform(2, 6).save(file)
-    assert saved(2, 6, path=str(file)) == uniform(2, 6)
+    found = saved(2, 6, path=str(file))
+    assert found.rows == uniform(2, 6).rows
+    assert found.origin == f"saved in {file}, from uniform"
     with pytest.raises(ValueError, match=r"is for a student of 2 blocks and a teacher of 6; these"):
         saved(3, 6, path=str(file))
     with pytest.raises(InputError, match=r"there is no layer map at .*none\.yaml"):

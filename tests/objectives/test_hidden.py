@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 
 from llm_distill import HiddenStates, cosine, mse, projectors
 from llm_distill import layers as layer_maps
-from llm_distill.objectives.hidden import HiddenStatesTerm
+from llm_distill.losses import nst, pkt
+from llm_distill.objectives.states import HiddenStatesTerm
+from llm_distill.picks import Pick
 from llm_distill.rows import RowKind
 from llm_distill.signals import Request
 from tests.objectives.compare import EXPLICIT, batch, evidence, specs, states, value
@@ -159,11 +161,29 @@ class TestHiddenStates:
         with pytest.raises(ValueError, match=r"HiddenStates: .* no row to calibrate on"):
             objective.build(*specs(student, teacher), shown)
 
-    @pytest.mark.parametrize("field", ["init", "normalize", "rows"])
+    @pytest.mark.parametrize("field", ["init", "normalize", "rows", "items"])
     def test_unknown_words_are_refused(self, field: str) -> None:
         wrong: Any = {field: "al"}
         with pytest.raises(ValueError, match=f"HiddenStates: {field} is 'al'; write one of"):
             HiddenStates(**wrong)
+
+    def test_numbers_that_cannot_work_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="HiddenStates: skip is -1; write a number of tokens"):
+            HiddenStates(skip=-1)
+        with pytest.raises(ValueError, match="most is 2, and pkt needs 3 rows; write at least"):
+            HiddenStates(loss=pkt, most=2)
+
+    def test_a_loss_brings_what_it_is_meant_for(
+        self, student: PreTrainedModel, teacher: PreTrainedModel
+    ) -> None:
+        assert HiddenStates().choice == Pick("supervised", "token")
+        assert HiddenStates(loss=nst).choice == Pick("supervised", "sequence", 0, 256, 2)
+        told = HiddenStates(loss=partial(nst, kernel="linear"), items="token", most=9, skip=1)
+        assert told.choice == Pick("supervised", "token", 1, 9, 2)
+        term = HiddenStates(loss=pkt).build(*specs(student, teacher))
+        assert isinstance(term, HiddenStatesTerm)
+        assert term.normalize == "none"
+        assert [type(p) for p in term.projectors] == [nn.Identity, nn.Identity]
 
     def test_layers_out_of_range_are_refused(self, student: PreTrainedModel) -> None:
         objective = HiddenStates(layers=partial(layer_maps.explicit, pairs=[[1, 7]]))
@@ -172,3 +192,7 @@ class TestHiddenStates:
 
     def test_it_is_described(self) -> None:
         assert HiddenStates(rows="valid").describe() == "mse, normalize layer, valid rows"
+        assert HiddenStates(loss=nst, skip=4).describe() == (
+            "nst, normalize none, supervised rows, items sequence, without the first 4 tokens, at "
+            "most 256 at once"
+        )

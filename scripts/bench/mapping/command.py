@@ -54,40 +54,47 @@ def execute(options: argparse.Namespace, argv: Sequence[str]) -> int:
     if options.steps:
         settings = replace(settings, steps=options.steps)
     settings = settings.quick() if options.quick else settings
-    lines = Lines(options.work / settings.digest / "results.jsonl")
-    names = options.pair or sorted(PAIRS)
-    plans = [Plan(settings, name, lines, options.arms, options.seeds) for name in names]
+    plans = [
+        Plan(
+            settings,
+            name,
+            Lines(options.work / f"{name}-{settings.digest(name)}" / "results.jsonl"),
+            options.arms,
+            options.seeds,
+        )
+        for name in options.pair or sorted(PAIRS)
+    ]
     if options.report:
-        _report(options, settings, plans, lines, f"{options.text or 'the text of the quickstart'}")
+        _report(options, settings, plans)
         return 0
     if not options.jobs:
         pool.quiet()
     text = None if options.text is None else str(options.text.resolve())
-    work = pool.Work(settings, plans, lines, text, _tell)
-    _tell(f"{lines.path}: {len(lines)} finished")
+    work = pool.Work(settings, plans, text, _tell)
+    for plan in plans:
+        _tell(f"{plan.lines.path}: {len(plan.lines)} finished")
     work.run(options.jobs)
     _tell(
-        f"{len(lines)} finished, {len(work.failed)} failed: "
+        f"{sum(len(plan.lines) for plan in plans)} finished, {len(work.failed)} failed: "
         f"python -m scripts.bench {' '.join(argv)}"
     )
     return 1 if work.failed else 0
 
 
-def _report(
-    options: argparse.Namespace, settings: Settings, plans: list[Plan], lines: Lines, text: str
-) -> None:
+def _report(options: argparse.Namespace, settings: Settings, plans: list[Plan]) -> None:
     """Write it."""
     from scripts.bench import machine
     from scripts.bench.mapping import report
 
     here = machine.described()
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions().items())
+    text = "the text of the quickstart" if options.text is None else f"`{options.text.name}`"
     facts = {
-        "Command": f"`python -m scripts.bench mapping`, text: {Path(text).name}",
+        "Command": f"`python -m scripts.bench mapping` on {text}",
         "Machine": here,
         "Versions": versions,
     }
-    report.write(options.to, settings, plans, lines, facts)
+    report.write(options.to, settings, plans, facts)
     _tell(f"{options.to}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -46,7 +47,13 @@ class Job:
     @property
     def key(self) -> str:
         """The same work has the same."""
-        return json.dumps(asdict(self), sort_keys=True)
+        return _key(self)
+
+
+@cache  # asked for many times a second, and slow
+def _key(job: Job) -> str:
+    """All that a job says."""
+    return json.dumps(asdict(job), sort_keys=True)
 
 
 class Lines:

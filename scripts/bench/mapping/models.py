@@ -40,9 +40,9 @@ def config(shape: Shape, length: int) -> dict[str, Any]:
         "num_attention_heads": h,
         "max_position_embeddings": length,
     }
-    if shape.architecture == "bert":
-        none = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
-        return common | own | {"intermediate_size": 3 * w} | none
+    if shape.architecture == "modernbert":
+        own |= {"cls_token_id": None, "sep_token_id": None, "global_attn_every_n_layers": 1}
+        return common | own | {"intermediate_size": 2 * w}
     return common | own | {"intermediate_size": 5 * w // 2, "num_key_value_heads": h}
 
 

@@ -37,7 +37,7 @@ class Plan:
     Args:
         settings: Of the benchmark.
         pair: Its letter.
-        lines: What is finished.
+        lines: What is finished of it.
         arms: Only these; a study needs the maps that it compares with. Empty: all.
         seeds: No more than so many; None: as many as the settings say.
     """

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from scripts.bench.mapping.jobs import Lines
     from scripts.bench.mapping.plan import Plan
     from scripts.bench.mapping.settings import Settings
 
@@ -25,30 +24,28 @@ SECTIONS = {
 }
 
 
-def write(
-    path: Path, settings: Settings, plans: Sequence[Plan], lines: Lines, facts: Mapping[str, str]
-) -> None:
+def write(path: Path, settings: Settings, plans: Sequence[Plan], facts: Mapping[str, str]) -> None:
     """The report, and its plots in `figures` beside it.
 
     Args:
         path: Of the Markdown file.
         settings: Of the benchmark.
         plans: Of the pairs.
-        lines: Finished jobs.
         facts: Command, text, machine and versions.
     """
     every = [Results(plan) for plan in plans]
     drawn = path.parent / "figures"
-    text = [*_head(settings, lines, facts), *_goal(every), *_correlations(every, drawn)]
+    text = [*_head(settings, plans, facts), *_goal(every), *_correlations(every, drawn)]
     for results in every:
         text += _pair(results, drawn)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(text).rstrip() + "\n", encoding="utf-8")
 
 
-def _head(settings: Settings, lines: Lines, facts: Mapping[str, str]) -> list[str]:
+def _head(settings: Settings, plans: Sequence[Plan], facts: Mapping[str, str]) -> list[str]:
     """What was done, and where."""
-    hours = sum(line["cpu"] for line in lines.every()) / 3600
+    lines = [line for plan in plans for line in plan.lines.every()]
+    hours = sum(line["cpu"] for line in lines) / 3600
     s = settings
     weights = ", ".join(f"{weight:g}" for weight in s.weights)
     return [

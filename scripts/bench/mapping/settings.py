@@ -54,7 +54,7 @@ class Pair:
     student: Shape
     start: Start
     masked: bool = False
-    teacher_steps: int = 1500
+    teacher_steps: int = 1200
     teacher_rate: float = 3e-3
     rate: float = 2e-3
 
@@ -80,14 +80,18 @@ PAIRS = {
     ),
     "d": Pair(
         "masked language models, narrower and shallower, random weights",
-        Shape("bert", 8, 64, 4),
-        Shape("bert", 4, 48, 4),
+        Shape("modernbert", 8, 64, 4),
+        Shape("modernbert", 4, 48, 4),
         "random",
         masked=True,
-        teacher_steps=2500,
+        rate=3e-3,
     ),
 }
-"""The four of the issue, at sizes that a CPU trains in seconds."""
+"""The four of the issue, at sizes that a CPU trains in seconds.
+
+ModernBERT, not BERT: with norms after the blocks and learned positions the masked loss of an 8 x 64
+BERT stays at the entropy of single bytes (3.1 nats after 2,500 steps), so it has nothing to teach.
+"""
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ class Settings:
 
     pairs: tuple[tuple[str, Pair], ...] = tuple(PAIRS.items())
     text: int = 0
-    steps: int = 240
+    steps: int = 200
     batch: int = 8
     length: int = 64
     held_out: int = 96
@@ -130,10 +134,10 @@ class Settings:
         """By its letter."""
         return dict(self.pairs)[name]
 
-    @property
-    def digest(self) -> str:
-        """Of everything that results depend on, for the name of their folder."""
-        return f"{zlib.crc32(json.dumps(asdict(self)).encode()):08x}"
+    def digest(self, name: str) -> str:
+        """Of everything that the results of a pair depend on, for the name of their folder."""
+        told = asdict(self) | {"pairs": [name, asdict(self.pair(name))]}
+        return f"{zlib.crc32(json.dumps(told).encode()):08x}"
 
     def quick(self) -> Settings:
         """Next to nothing of the same, for tests."""

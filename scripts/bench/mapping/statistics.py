@@ -99,11 +99,13 @@ def interval(values: Sequence[Sequence[float]], *, draws: int = DRAWS) -> tuple[
 
 
 def spearman(one: Sequence[float], other: Sequence[float]) -> float:
-    """Rank correlation, ties at their mean rank.
+    """Rank correlation, ties at their mean rank; 0 where one side is constant.
 
     >>> round(spearman([1.0, 2.0, 3.0, 4.0], [10.0, 30.0, 20.0, 40.0]), 6)
     0.8
     """
+    if len(set(one)) < 2 or len(set(other)) < 2:
+        return 0.0
     return float(stats.spearmanr(one, other).statistic)
 
 

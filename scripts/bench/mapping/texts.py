@@ -18,7 +18,7 @@ VOCABULARY = 257
 MASK = 256
 """The token after the 256 bytes."""
 
-HIDDEN = 0.15
+HIDDEN = 0.25
 """Share of the bytes of a sequence that a masked language model has to find."""
 
 OTHERS = 10

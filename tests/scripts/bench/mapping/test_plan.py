@@ -136,6 +136,8 @@ def _done(job: Job) -> tuple[Job, dict[str, Any]]:
 
 
 def test_settings_have_folders_of_their_own(settings: Settings) -> None:
-    assert settings.digest != replace(settings, steps=1).digest
-    assert settings.digest != replace(settings, text=1).digest
-    assert settings.digest == replace(settings).digest
+    assert settings.digest("a") != replace(settings, steps=1).digest("a")
+    assert settings.digest("a") != replace(settings, text=1).digest("a")
+    assert settings.digest("a") != settings.digest("b")
+    fewer = replace(settings, pairs=settings.pairs[:1])
+    assert settings.digest("a") == fewer.digest("a")  # other pairs do not count

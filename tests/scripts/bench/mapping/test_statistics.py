@@ -68,6 +68,7 @@ def test_ranks_by_hand() -> None:
     assert spearman([1, 2, 3], [9, 5, 1]) == pytest.approx(-1.0)
     # Ranks 1 2 3 4 5 against 2 1 4 3 5: 1 - 6 * 4 / (5 * 24).
     assert spearman([1, 2, 3, 4, 5], [2, 1, 4, 3, 5]) == pytest.approx(0.8)
+    assert spearman([1, 1, 1], [1, 2, 3]) == 0.0
     # Ties share their rank: 1 2.5 2.5 4 against 1 2 3 4 is sqrt(0.9).
     assert spearman([1, 2, 2, 4], [1, 2, 3, 4]) == pytest.approx(math.sqrt(0.9))
 

@@ -25,7 +25,6 @@ def test_passages_cover_the_training_text_once(text: Path) -> None:
     texts = Texts.read(text)
     passages = texts.training(SMALL, masked=False)
     assert len(passages) == len(texts.train) // 16
-    assert len({tuple(p["input_ids"]) for p in passages}) > len(passages) // 2
     assert passages == texts.training(SMALL, masked=False)
     assert sorted(b for p in passages for b in p["input_ids"]) == sorted(
         texts.train[: 16 * len(passages)]
