@@ -67,7 +67,7 @@ def test_python_block_distils(models: dict[str, str], tmp_path: Path, monkeypatc
 def test_loss_of_ones_own_works() -> None:
     scope: dict[str, Any] = {"F": F}
     exec(compile(blocks("python")[1], "README.md", "exec"), scope)
-    objective = llm_distill.HiddenStates(loss=scope["huber"])
+    objective = llm_distill.HiddenStates(loss=scope["l1"])
     assert objective.loss(torch.zeros(3, 4), torch.ones(3, 4)).shape == (3,)
 
 
@@ -83,9 +83,11 @@ def test_recipe_block_runs(models: dict[str, str], tmp_path: Path, monkeypatch: 
     (tmp_path / "recipe.yaml").write_text(block, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     commands = [shlex.split(line, comments=True) for line in blocks("text")[0].splitlines()]
-    check, run, launch = commands
-    assert check[0] == run[0] == "llm-distill"
+    check, draw, run, launch = commands
+    assert check[0] == draw[0] == run[0] == "llm-distill"
     assert main(check[1:]) == 0
+    assert main(draw[1:]) == 0
+    assert (tmp_path / "out/student/map-HiddenStates.png").exists()
     assert run[-2:] == ["--training.max_steps", "50"]
     assert main([*run[1:-1], "2"]) == 0
     assert (tmp_path / "out/student/model.safetensors").exists()
