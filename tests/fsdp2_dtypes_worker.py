@@ -37,7 +37,7 @@ def main(folder: Path) -> None:
         hook.remove()
         facts["share"] = str(step.shares.dtype)
         facts["teacher"] = str(teacher.hidden(4, batch.supervised).dtype)
-        facts["loss"] = str(out[0].dtype)
+        facts["loss"] = str(out.loss.dtype)
         return out
 
     for key, bf16 in (("plain", False), ("losses", True)):

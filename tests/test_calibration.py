@@ -193,7 +193,9 @@ class TestCalibrated:
                 block.self_attn.attention_dropout = dropout
             run = prepared(model, teacher, *self.OBJECTIVES, args=args, train_dataset=tiny.rows(8))
             source = run.teacher.open(run.opening_request, args.device)
-            notes.append(calibrate(run, model, source, args, DistillTrainer).terms["HiddenStates"].notes)
+            notes.append(
+                calibrate(run, model, source, args, DistillTrainer).terms["HiddenStates"].notes
+            )
         assert notes[0] == notes[1]
 
     def test_the_first_examples_decide(self, tmp_path: Path) -> None:

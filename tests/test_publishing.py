@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 
 from llm_distill import CrossEntropy, DistillTrainer, FromConfig, FromTeacher, HiddenStates, Logits
 from llm_distill.card import DataFacts
+from llm_distill.layers import uniform
 from llm_distill.publishing import (
     data_facts,
     layer_maps,
@@ -113,7 +114,7 @@ def test_layer_maps_are_told_where_there_are_any(student: Any, teacher: Any) -> 
 
     specs = ModelSpec.of(student.config, "a"), ModelSpec.of(teacher.config, "b")
     assert layer_maps(bind([Logits()], *specs, seed=0)) is None
-    text = layer_maps(bind([HiddenStates()], *specs, seed=0))
+    text = layer_maps(bind([HiddenStates(layers=uniform)], *specs, seed=0))
     assert text is not None
     assert "HiddenStates\nstudent layer | teacher layer   uniform" in text
 

@@ -33,6 +33,7 @@ Made = FromConfig | FromTeacher
 """Students that are made for a teacher, with its tokenizer and of its kind."""
 
 Student = str | PreTrainedModel | Local | Made
+"""A Hub id or path, a loaded model, a spec of one, or one that is made for a teacher."""
 
 
 def student_spec(student: Student, teacher: PreTrainedConfig) -> ModelSpec:

@@ -75,7 +75,9 @@ class TestTerm:
         assert Term(nothing, nothing).count(batch()) == 3 + 1
         assert Term(nothing, nothing, rows="valid").count(batch()) == 4 + 2
         plan = QueryPlan(2, "valid")
-        assert Term(nothing, nothing, queries=plan).count(batch(plan)) == 4 + 2  # what a sample is for
+        assert (
+            Term(nothing, nothing, queries=plan).count(batch(plan)) == 4 + 2
+        )  # what a sample is for
 
     def test_rows_that_nobody_announced_are_not_invented(self) -> None:
         term = Term(Request(), Request(), queries=QueryPlan(None, "valid"))

@@ -53,7 +53,8 @@ class TestBlockwise:
 
     def test_other_widths_have_an_affine_map_into_each_segment(self) -> None:
         found = Blockwise(uniform(2, 4), 16, 32)
-        assert [tuple(entry.weight.shape) for entry in found.entries] == [(16, 32)] * 2
+        shapes = [tuple(cast("Tensor", entry.weight).shape) for entry in found.entries]
+        assert shapes == [(16, 32)] * 2
 
     @pytest.mark.parametrize(
         "mapping",
@@ -125,13 +126,15 @@ def test_first_blocks_then_everything(tmp_path: Path) -> None:
         tiny.arguments(tmp_path, max_steps=4),
         train_dataset=tiny.rows(32),
     )
-    head = trainer.student.get_output_embeddings().weight.detach().clone()
+    head = cast("Any", trainer.student).get_output_embeddings().weight.detach().clone()
     seen = []
 
     class Look(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             del args, kwargs
-            seen.append(torch.equal(trainer.student.get_output_embeddings().weight, head))
+            seen.append(
+                torch.equal(cast("Any", trainer.student).get_output_embeddings().weight, head)
+            )
 
     trainer.add_callback(Look())
     trainer.train()

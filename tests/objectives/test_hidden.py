@@ -105,9 +105,7 @@ class TestHiddenStates:
         assert best <= got < best + 1e-2 * y.var()
         variance = (y - y.mean(0)).square().sum()
         left = got * 64 / variance
-        assert (
-            f"least squares on {len(x)} rows leaves {left:.1%} of the variance" in term.notes[-1]
-        )
+        assert f"least squares on {len(x)} rows leaves {left:.1%} of the variance" in term.notes[-1]
 
     def test_least_squares_aim_at_what_the_loss_compares_with(
         self, student: PreTrainedModel, teacher: PreTrainedModel

@@ -22,6 +22,10 @@ class Table:
         logits = torch.linspace(0, 3, tiny.VOCABULARY).expand(len(batch.supervised), -1)
         return Signals("table", Dense(logits))
 
+    def ask(self, request: Request) -> None:
+        if request.hidden or request.heads:
+            raise ValueError("a table has no hidden states")
+
     def close(self) -> None:
         self.closed = True
 

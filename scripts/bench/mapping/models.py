@@ -41,7 +41,7 @@ def config(shape: Shape, length: int) -> dict[str, Any]:
         "max_position_embeddings": length,
     }
     if shape.architecture == "modernbert":
-        own |= {"cls_token_id": None, "sep_token_id": None, "global_attn_every_n_layers": 1}
+        own |= {"cls_token_id": None, "sep_token_id": None}
         return common | own | {"intermediate_size": 2 * w}
     return common | own | {"intermediate_size": 5 * w // 2, "num_key_value_heads": h}
 

@@ -77,6 +77,7 @@ PAIRS = {
         Shape("gpt2", 8, 64, 4),
         Shape("llama", 4, 48, 4),
         "pretrained",
+        teacher_steps=1600,
     ),
     "d": Pair(
         "masked language models, narrower and shallower, random weights",
