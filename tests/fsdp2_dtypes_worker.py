@@ -5,7 +5,7 @@ Usage: torchrun … -m tests.fsdp2_dtypes_worker FOLDER
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ def main(folder: Path) -> None:
     from accelerate.state import AcceleratorState
 
     from llm_distill import DistillTrainer
-    from llm_distill.distiller import Distiller
+    from llm_distill.distiller import Distiller, Outcome
 
     facts: dict[str, Any] = {}
     forward = Distiller.forward
@@ -37,7 +37,7 @@ def main(folder: Path) -> None:
         hook.remove()
         facts["share"] = str(step.shares.dtype)
         facts["teacher"] = str(teacher.hidden(4, batch.supervised).dtype)
-        facts["loss"] = str(out.loss.dtype)
+        facts["loss"] = str(cast("Outcome", out).loss.dtype)
         return out
 
     for key, bf16 in (("plain", False), ("losses", True)):

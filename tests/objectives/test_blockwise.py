@@ -113,7 +113,7 @@ class TestAlone:
 
     @pytest.mark.parametrize("share", [-0.1, 1.0])
     def test_shares_out_of_range_are_refused(self, share: float) -> None:
-        with pytest.raises(ValueError, match="blockwise is .*; write a share"):
+        with pytest.raises(ValueError, match=r"blockwise is .*; write a share"):
             HiddenStates(blockwise=share)
 
 

@@ -40,9 +40,9 @@ def config(shape: Shape, length: int) -> dict[str, Any]:
         "num_attention_heads": h,
         "max_position_embeddings": length,
     }
-    if shape.architecture == "modernbert":
-        own |= {"cls_token_id": None, "sep_token_id": None}
-        return common | own | {"intermediate_size": 2 * w}
+    if shape.architecture == "roformer":
+        none = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+        return common | own | {"intermediate_size": 3 * w} | none
     return common | own | {"intermediate_size": 5 * w // 2, "num_key_value_heads": h}
 
 

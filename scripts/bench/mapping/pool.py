@@ -108,10 +108,12 @@ def perform(job: Job, settings: Settings, text: str | None, folder: str) -> Line
 
 def quiet() -> None:
     """Let third parties speak of errors only."""
+    import logging
     import warnings
 
     import transformers
 
     warnings.filterwarnings("ignore")
+    logging.getLogger("llm_distill").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
