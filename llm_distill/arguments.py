@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from transformers import TrainingArguments
 
+    from llm_distill.objectives import Term
+
 
 def check_arguments(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None:
     """Refuse arguments that cannot work, and set those whose default would hurt.
@@ -90,4 +92,36 @@ def check_checkpointing(args: TrainingArguments) -> None:
             raise InputError(
                 "AttentionMaps has no gradient under reentrant gradient checkpointing; write "
                 "activation_checkpointing_kwargs: {use_reentrant: false}"
+            )
+
+
+def idle_gates(terms: Mapping[str, Term], args: TrainingArguments) -> tuple[str, ...]:
+    """What to tell of gates that see nothing: a compiled student has no hooks on its states.
+
+    Args:
+        terms: Under their names in the log.
+        args: Whether the student is compiled.
+    """
+    gated = [name for name, term in terms.items() if term.factor() is not None]
+    if not (gated and args.torch_compile):
+        return ()
+    return (
+        f"{', '.join(gated)}: under torch_compile the gate sees no gradients and stays open; let a "
+        "hint end by its weight, such as {linear: {start: 1.0, end: 0.0, until: 0.6}}",
+    )
+
+
+def check_batches(terms: Mapping[str, Term], args: TrainingArguments) -> None:
+    """Refuse batches in which a term that relates sequences never has enough of them.
+
+    Raises:
+        InputError: Naming the term, what it needs, and what there is.
+    """
+    for name, term in terms.items():
+        size = args.train_batch_size * (args.world_size if term.gathers else 1)
+        if term.least_sequences() > size:
+            raise InputError(
+                f"{name} compares {term.least_sequences()} sequences or more with each other, and "
+                f"per_device_train_batch_size is {size}: it would never count; write "
+                f"{term.least_sequences()} or more, or items: token"
             )

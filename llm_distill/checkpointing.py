@@ -75,6 +75,8 @@ class StudentTrainer(Trainer):
         if not self._sharded_state_dicts():
             super().save_model(output_dir, _internal_call)
             return
+        if self._in_checkpoint and output_dir is not None and self.args.should_save:
+            saving.save_maps(self.distiller, Path(output_dir))
         if not self._in_checkpoint or self.args.push_to_hub:
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             self._save(
@@ -111,6 +113,7 @@ class StudentTrainer(Trainer):
     ) -> None:
         """Student and terms; FSDP and DeepSpeed load the whole wrapper themselves."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            saving.check_maps(self.distiller, Path(resume_from_checkpoint))
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         folder = Path(resume_from_checkpoint)

@@ -18,7 +18,7 @@ from llm_distill.layers import (
     race_settings,
     uniform,
 )
-from llm_distill.objectives import Mapped, Objective
+from llm_distill.objectives import HiddenStates, Mapped, Objective
 from llm_distill.schedules import linear
 from llm_distill.signals import Request
 
@@ -103,12 +103,18 @@ def fading(objectives: Sequence[Objective], student: ModelSpec) -> tuple[Objecti
     return tuple(
         replace(
             objective,
-            weight=partial(linear, start=float(objective.weight), end=0.0, until=FADED),
+            weight=partial(linear, start=float(objective.weight), end=0.0, until=_faded(objective)),
         )
         if isinstance(objective, Mapped) and not callable(objective.weight) and objective.fades
         else objective
         for objective in objectives
     )
+
+
+def _faded(objective: Mapped) -> float:
+    """When a hint is gone: not while nothing else is trained."""
+    alone = objective.blockwise if isinstance(objective, HiddenStates) else 0.0
+    return max(FADED, alone)
 
 
 def requests(

@@ -76,9 +76,10 @@ class Picked:
             return states
         states = wide(states)
         sizes = torch.tensor(self.groups, dtype=torch.long)
-        owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(states.device)
+        owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        sizes, owner = (t.to(states.device, non_blocking=True) for t in (sizes, owner))
         sums = states.new_zeros(len(sizes), states.shape[-1]).index_add(0, owner, states)
-        return sums / sizes.to(states.device).unsqueeze(-1)
+        return sums / sizes.unsqueeze(-1)
 
     def total(
         self, loss: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor

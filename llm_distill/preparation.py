@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from llm_distill import binding, loading, mapping
-from llm_distill.arguments import check_arguments, check_checkpointing
+from llm_distill.arguments import (
+    check_arguments,
+    check_batches,
+    check_checkpointing,
+    idle_gates,
+)
 from llm_distill.binding import make_batch
 from llm_distill.capture import plain, predicts_next
 from llm_distill.collation import RowCollator, first_batch
@@ -135,13 +140,15 @@ def prepare_run(
     if _weights(model) is not None and _weights(model) is _weights(master):
         raise InputError("model and teacher are one object; give the teacher a copy of its own")
     student = student_spec(model, master.config)
-    objectives = binding.ready(objectives, student, master.spec)
+    given, objectives = objectives, binding.ready(objectives, student, master.spec)
     terms = binding.bind(objectives, student, master.spec, seed=args.seed)
     binding.check_optimizers(terms, kwargs.get("optimizers", (None, None)))
     if kwargs.get("eval_dataset") is not None or binding.reads_logits(terms):
         refuse_adapted_head(model, master.config, adapter)
     if terms and any(term.student.heads for term in terms.values()):
         check_checkpointing(args)
+    if kwargs.get("train_dataset") is not None:
+        check_batches(terms, args)
     shift = _shift(model, master)
     filled = dict(kwargs)
     found = settle_tokenizers(model, master, student, filled.get("processing_class"))
@@ -167,11 +174,33 @@ def prepare_run(
         shift,
         filled,
         seen,
-        found.told,
+        (*found.told, *_told(student, master.spec, given, objectives), *idle_gates(terms, args)),
         found,
     )
     _check_training_data(run, args)
     return run
+
+
+def _told(
+    student: ModelSpec,
+    teacher: ModelSpec,
+    given: Sequence[Objective],
+    objectives: Sequence[Objective],
+) -> tuple[str, ...]:
+    """What was settled without being asked for."""
+    said = []
+    if student.blocks is not None:
+        blocks = ", ".join(map(str, student.blocks))
+        said.append(f"student: blocks {blocks} of the {teacher.depth} of {teacher.name}")
+    faded = [
+        type(b).__name__ for a, b in zip(given, objectives, strict=True) if a.weight != b.weight
+    ]
+    if faded:
+        said.append(
+            f"{', '.join(faded)}: fading to 0 at {mapping.FADED:.0%} of the training, since the "
+            "student starts from random weights; a schedule of your own is taken as it is"
+        )
+    return tuple(said)
 
 
 def _weights(model: object) -> nn.Module | None:

@@ -11,6 +11,8 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from llm_distill.errors import InputError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
@@ -93,7 +95,7 @@ def load_terms(distiller: Distiller, folder: Path) -> None:
 
     Raises:
         FileNotFoundError: If they have something to load and the checkpoint does not have it.
-        ValueError: If the checkpoint is of another balance.
+        ValueError: If the checkpoint is of another balance, or of other layer maps.
     """
     own = _learned(distiller)
     path = folder / TERMS_FILE
@@ -104,13 +106,7 @@ def load_terms(distiller: Distiller, folder: Path) -> None:
             f"{path} is missing: the projectors of this run would start anew; resume from another "
             "checkpoint, or start over"
         )
-    with safe_open(str(path), framework="pt") as file:
-        maps = (file.metadata() or {}).get("maps", _maps(distiller))
-    if maps != _maps(distiller):
-        raise ValueError(
-            f"{path} is of other layer maps: {maps}; this run has {_maps(distiller)}; write the "
-            "maps it was trained with (layers: {explicit: {pairs: …}}), or start over"
-        )
+    check_maps(distiller, folder)
     found = load_file(path)
     ours, theirs = ({k for k in keys if k.startswith(BALANCE)} for keys in (own, found))
     if ours != theirs:
@@ -122,11 +118,46 @@ def load_terms(distiller: Distiller, folder: Path) -> None:
     distiller.balance.load_state_dict({k.removeprefix(BALANCE): found[k] for k in theirs})
 
 
+def save_maps(distiller: Distiller, folder: Path) -> None:
+    """Write the layer maps alone, beside terms that each rank writes its own part of."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({}, folder / TERMS_FILE, metadata={"maps": _maps(distiller)})
+
+
+def check_maps(distiller: Distiller, folder: Path) -> None:
+    """Refuse a checkpoint of other layer maps, whose projectors would fit by their shapes.
+
+    Raises:
+        InputError: With both maps.
+    """
+    path = folder / TERMS_FILE
+    if not path.exists():
+        return
+    with safe_open(str(path), framework="pt") as file:
+        maps = (file.metadata() or {}).get("maps", _maps(distiller))
+    if maps != _maps(distiller):
+        raise InputError(
+            f"{folder} was trained with other layer maps, {_shown(maps)}; this run has "
+            f"{_shown(_maps(distiller))}; write the maps it was trained with (layers: {{explicit: "
+            "{pairs: …}}), or start over"
+        )
+
+
 def _maps(distiller: Distiller) -> str:
     """The layer maps that projectors and matched heads belong to, by the number of the term."""
     terms = enumerate(cast("Iterable[Term]", distiller.terms))
     maps = {str(k): term.mapping for k, term in terms if term.mapping is not None}
     return json.dumps({k: [[row.student, row.teacher] for row in m.rows] for k, m in maps.items()})
+
+
+def _shown(maps: str) -> str:
+    """Layer maps as a person would write them: `1->2 2->4`, more than one by their numbers."""
+    found = json.loads(maps)
+    said = {
+        k: " ".join(f"{s}->{'+'.join(str(layer) for layer, _ in t)}" for s, t in rows)
+        for k, rows in found.items()
+    }
+    return ", ".join(said.values() if len(said) == 1 else (f"{k}: {m}" for k, m in said.items()))
 
 
 def _learned(distiller: Distiller) -> dict[str, Tensor]:

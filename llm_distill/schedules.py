@@ -84,13 +84,19 @@ def check(weight: float | Schedule, owner: str) -> None:
             value = at(weight, step / 100)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"{owner}: weight {weight!r} gives no number at progress {step / 100} ({error}); "
-                "write a number >= 0 or a schedule such as {linear: {start: 1.0, end: 0.0}}"
+                f"{owner}: weight {_shown(weight)} gives no number at progress {step / 100} "
+                f"({error}); write a number >= 0 or a schedule such as {{linear: {{start: 1.0, end: "
+                "0.0}}"
             ) from error
         if not math.isfinite(value) or value < 0:
             raise ValueError(
                 f"{owner}: weight is {value} at progress {step / 100}; it must be finite and >= 0"
             )
+
+
+def _shown(weight: object) -> str:
+    """A weight that may be none, for messages."""
+    return describe(weight) if callable(weight) else repr(weight)
 
 
 def describe(weight: float | Schedule) -> str:

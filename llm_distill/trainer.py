@@ -99,15 +99,16 @@ class DistillTrainer(StepTrainer):
             rows_per_chunk=chunk,
             balance=settle(balance, run.terms, run.student.depth),
         )
-        if args.ddp_find_unused_parameters is None:
+        given, use_cache = args.ddp_find_unused_parameters, distiller.config.use_cache
+        if given is None:
             alone = distiller.forcing is not None  # without the head, for a while
             args.ddp_find_unused_parameters = alone or not distiller.request.logits
-        use_cache = distiller.config.use_cache
         super().__init__(
             model=cast("PreTrainedModel", distiller),
             args=args,
             **(run.kwargs | {"data_collator": run.collator}),
         )
+        args.ddp_find_unused_parameters = given  # the next trainer's may be others
         distiller.config.use_cache = use_cache  # Trainer's is for training, the config is for users
         self.model_accepts_loss_kwargs = True  # so that the items of a step are counted before it
         self.label_names = ["labels"]

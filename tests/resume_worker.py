@@ -4,6 +4,8 @@ Usage: python -m tests.resume_worker ENGINE FOLDER   (ENGINE: one, ddp, fsdp2_fu
 """
 
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ from tests.launch import finish
 STUDENTS = ("plain", "tied", "lora")
 
 
-def build(kind: str, folder: Path, ranks: int) -> Any:
-    """A trainer with AdamW, dropout and a projector, saving at step two."""
+def build(kind: str, folder: Path, ranks: int, *, taught: int = -1) -> Any:
+    """A trainer with AdamW, dropout and a projector to one layer, saving at step two."""
     from llm_distill import DistillTrainer
+    from llm_distill.layers import explicit
 
     student = tiny.llama("student", tied=kind == "tied")
     for layer in student.model.layers:
@@ -40,11 +43,14 @@ def build(kind: str, folder: Path, ranks: int) -> Any:
         eval_steps=2,
         train_sampling_strategy="random",
     )
+    wanted = calibrated_objectives()
+    if taught != -1:
+        wanted[3] = replace(wanted[3], layers=partial(explicit, pairs=[[-1, taught]]))
     adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if kind == "lora" else None
     return DistillTrainer(
         student,
         tiny.llama("teacher"),
-        calibrated_objectives(),
+        wanted,
         args,
         train_dataset=tiny.rows(),
         eval_dataset=tiny.rows(5),
@@ -92,6 +98,11 @@ def main(engine: str, folder: Path) -> None:
         facts[student] = {"straight": whole(straight), "resumed": whole(resumed)}
         facts[student]["files"] = sorted(p.name for p in (out / "checkpoint-2").iterdir())
         resumed.save_model(str(out / "final"))
+    try:
+        again = build("plain", folder / engine / "plain", ranks, taught=2)
+        again.train(resume_from_checkpoint=str(folder / engine / "plain" / "checkpoint-2"))
+    except ValueError as error:
+        facts["other"] = str(error)
     facts["best"] = best(folder / engine / "best", ranks)
     if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save(facts, folder / f"{engine}.pt")

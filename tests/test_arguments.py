@@ -6,10 +6,22 @@ from typing import Any
 import pytest
 from transformers import TrainingArguments
 
-from llm_distill.arguments import check_arguments, check_checkpointing
+from llm_distill import Contrastive, HiddenStates, Logits, pkt
+from llm_distill.arguments import (
+    check_arguments,
+    check_batches,
+    check_checkpointing,
+    idle_gates,
+)
+from llm_distill.binding import bind
 from llm_distill.errors import InputError
 from llm_distill.evaluation import settle_best_metric
+from llm_distill.layers import last
+from llm_distill.signals import ModelSpec
 from tests import tiny
+from tests.objectives.planted import STUDENT, TEACHER
+
+SPECS = STUDENT, TEACHER
 
 
 class TestDefaults:
@@ -105,3 +117,53 @@ def test_reentrant_checkpointing_has_no_maps(tmp_path: Path) -> None:
     args.activation_checkpointing_kwargs = {"use_reentrant": True}
     with pytest.raises(InputError, match="no gradient under reentrant"):
         check_checkpointing(args)
+
+
+def test_gates_of_compiled_students_are_told_to_be_idle(tmp_path: Path) -> None:
+    """Dynamo takes the hidden states between two graphs: no hook sees the whole gradient there."""
+    specs = [ModelSpec.of(tiny.llama(role).config, role) for role in ("student", "teacher")]
+    objectives = [Logits(), HiddenStates(), HiddenStates(gate=False, name="open")]
+    terms = bind(objectives, specs[0], specs[1], seed=0)
+    assert idle_gates(terms, tiny.arguments(tmp_path)) == ()
+    compiled = tiny.arguments(tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
+    (told,) = idle_gates(terms, compiled)
+    assert told.startswith("HiddenStates: under torch_compile the gate sees no gradients")
+    del terms["HiddenStates"]
+    assert idle_gates(terms, compiled) == ()
+
+
+class TestBatches:
+    def terms(self, **settings: Any) -> dict[str, Any]:
+        objective: Any = settings.pop("objective", HiddenStates)
+        return {"hint": objective(**settings, layers=last).build(*SPECS)}
+
+    def test_a_relation_that_never_has_enough_sequences_is_refused(self, tmp_path: Path) -> None:
+        terms = self.terms(loss=pkt, items="pooled")
+        check_batches(terms, tiny.arguments(tmp_path, per_device_train_batch_size=3))
+        args = tiny.arguments(tmp_path, per_device_train_batch_size=2)
+        with pytest.raises(InputError, match=r"hint compares 3 sequences or more .* is 2: it"):
+            check_batches(terms, args)
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"loss": pkt},
+            {"items": "pooled"},
+            {"objective": Contrastive, "items": "token"},
+            {"objective": Contrastive, "queue": 8},
+        ],
+    )
+    def test_one_sequence_is_enough_for_others(
+        self, settings: dict[str, Any], tmp_path: Path
+    ) -> None:
+        args = tiny.arguments(tmp_path, per_device_train_batch_size=1)
+        check_batches(self.terms(**settings), args)
+
+    def test_contrast_needs_two_of_all_ranks(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        args = tiny.arguments(tmp_path, per_device_train_batch_size=1)
+        with pytest.raises(InputError, match="hint compares 2 sequences"):
+            check_batches(self.terms(objective=Contrastive), args)
+        monkeypatch.setattr(TrainingArguments, "world_size", 2)
+        check_batches(self.terms(objective=Contrastive), args)

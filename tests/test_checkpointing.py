@@ -77,7 +77,14 @@ def test_no_pickled_arguments(run: Any, kind: str) -> None:
     engine, folder, facts = run
     assert "training_args.bin" not in facts[kind]["files"]
     assert not list((folder / kind).rglob("training_args.bin"))
-    assert ("terms.safetensors" in facts[kind]["files"]) == (engine != "fsdp2_sharded")
+    assert "terms.safetensors" in facts[kind]["files"]
+    terms = load_file(folder / kind / "checkpoint-2" / "terms.safetensors")
+    assert bool(terms) == (engine != "fsdp2_sharded")
+
+
+def test_projectors_of_another_map_are_refused(run: Any) -> None:
+    """Sharded ones too, which fit by their shapes."""
+    assert "with other layer maps" in run[2]["other"]
 
 
 @pytest.mark.parametrize("adapter", [None, LoraConfig(r=4, target_modules=["q_proj", "v_proj"])])

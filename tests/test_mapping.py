@@ -129,6 +129,12 @@ class TestFading:
             assert at == pytest.approx([weight, weight / 2, 0.0, 0.0])
         assert faded[2] is objectives[2]
 
+    def test_hints_are_not_gone_while_nothing_else_is_trained(self) -> None:
+        """Steps between 60 % and the end of the blocks' own stage would train nothing."""
+        (faded,) = fading([hints(layer_maps.uniform, blockwise=0.8)], self.FRESH)
+        at = [schedules.at(faded.weight, p) for p in (0.0, 0.4, 0.79, 0.8, 1.0)]
+        assert at == pytest.approx([1.0, 0.5, 0.0125, 0.0, 0.0])
+
     def test_a_schedule_is_taken_as_it_is_written(self) -> None:
         objective = hints(layer_maps.last, weight=partial(schedules.constant, value=1.0))
         assert fading([objective], self.FRESH) == (objective,)

@@ -11,6 +11,7 @@ from llm_distill.losses import mse
 from llm_distill.losses.needs import Items
 from llm_distill.picks import Pick, Picked, pick
 from llm_distill.rows import Batch, Draw, example_keys, supervised_rows, valid_rows
+from tests.waiting import Waits
 
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]])
 
@@ -192,6 +193,14 @@ class TestPicked:
         pooled = picked.gather(states.index_select(0, picked.rows.index))
         expected = [states.view(3, 6, 3)[k][MASK[k] == 1].mean(0) for k in range(3)]
         assert torch.allclose(pooled, torch.stack(expected), atol=1e-6)
+
+    def test_pooling_waits_for_no_device(self) -> None:
+        picked = pick(batch(), Pick("valid", "pooled"))
+        with Waits() as waits:
+            torch.ones(2).to("meta")
+            assert waits.found.pop() == (2,)
+            picked.gather(torch.empty(len(picked.rows), 4, device="meta"))
+        assert waits.found == []
 
     def test_low_precision_states_are_pooled_in_fp32(self) -> None:
         picked = pick(batch(), Pick("valid", "pooled"))

@@ -13,12 +13,14 @@ from llm_distill.balance import gradient, normalised, uncertainty
 from llm_distill.balance.base import settle
 from llm_distill.binding import bind
 from llm_distill.distiller import Distiller
-from llm_distill.layers import first, uniform
+from llm_distill.layers import first, last, uniform
 from llm_distill.saving import (
     ADAPTER_FILE,
     TERMS_FILE,
+    check_maps,
     load_student,
     load_terms,
+    save_maps,
     save_student,
     save_terms,
 )
@@ -179,5 +181,21 @@ def test_projectors_of_another_map_are_refused(tmp_path: Path) -> None:
 
     save_terms(made(uniform), tmp_path, None)
     load_terms(made(uniform), tmp_path)
-    with pytest.raises(ValueError, match=r"of other layer maps: .*\[2, \[\[4, 1.0\]\]\]"):
+    with pytest.raises(ValueError, match=r"other layer maps, 1->2 2->4; this run has 1->1 2->2;"):
         load_terms(made(first), tmp_path)
+
+
+def test_maps_are_compared_where_the_terms_lie_elsewhere(tmp_path: Path) -> None:
+    """Under sharding; older checkpoints without maps are taken."""
+    spec = ModelSpec.of(tiny.llama("teacher").config, "teacher")
+
+    def made(layers: Any) -> Distiller:
+        terms = {"HiddenStates": HiddenStates(layers=layers).build(spec, spec)}
+        return Distiller(tiny.llama("teacher"), terms, "student")
+
+    folder = tmp_path / "checkpoint-2"
+    check_maps(made(uniform), folder)
+    save_maps(made(uniform), folder)
+    check_maps(made(uniform), folder)
+    with pytest.raises(ValueError, match=r"with other layer maps, .* or start over"):
+        check_maps(made(last), folder)

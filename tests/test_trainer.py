@@ -606,9 +606,27 @@ def test_users_own_collator(tmp_path: Path) -> None:
 def test_unused_layers_do_not_stop_ddp(tmp_path: Path) -> None:
     """Without logits the upper layers and the head have no gradient."""
     trainer = build(tmp_path, [HiddenStates(layers=_first_layer)])
-    assert trainer.args.ddp_find_unused_parameters is True
+    assert finds_unused(trainer)
     trainer.train()
-    assert build(tmp_path).args.ddp_find_unused_parameters is False
+    assert not finds_unused(build(tmp_path))
+    assert finds_unused(build(tmp_path, ddp_find_unused_parameters=True))
+
+
+def test_trainers_may_share_their_arguments(tmp_path: Path) -> None:
+    """What DDP is told follows from each one's own objectives."""
+    args = tiny.arguments(tmp_path)
+    found = [
+        DistillTrainer(
+            tiny.llama("student"), tiny.llama("teacher"), wanted, args, train_dataset=tiny.rows()
+        )
+        for wanted in ([Logits()], [Logits(), HiddenStates(blockwise=0.5)], [Logits()])
+    ]
+    assert [finds_unused(trainer) for trainer in found] == [False, True, False]
+
+
+def finds_unused(trainer: DistillTrainer) -> bool:
+    handler: Any = trainer.accelerator.ddp_handler
+    return bool(handler.find_unused_parameters)
 
 
 def _first_layer(student_depth: int, teacher_depth: int) -> Any:

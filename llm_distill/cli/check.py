@@ -1,6 +1,7 @@
 """`llm-distill check`: what would be trained, without weights."""
 
 from llm_distill import mapping
+from llm_distill.arguments import idle_gates
 from llm_distill.cli.console import Screen
 from llm_distill.cli.plan import plan
 from llm_distill.recipe import Recipe
@@ -15,10 +16,11 @@ def check(recipe: Recipe) -> None:
     Raises:
         InputError: For what `run` would refuse before it reads the data.
     """
-    planned = plan(recipe, recipe.arguments(**ON_ANY_MACHINE))
+    args = recipe.arguments(**ON_ANY_MACHINE)
+    planned = plan(recipe, args)
     screen = Screen(speaks=True)
     screen.models(planned.student, planned.teacher)
-    for line in planned.tokenizers.told:
+    for line in (*planned.tokenizers.told, *idle_gates(planned.terms, args)):
         screen.say(line)
     screen.objectives(planned.objectives, planned.terms)
     screen.balance(planned.balance)

@@ -71,7 +71,7 @@ class Screen:
             "student layer": [str(row.student) for row in mapping.rows],
             f"teacher layer of {mapping.teacher_depth}": [target(row) for row in mapping.rows],
             "finishes blocks": [f"{a}-{b}" if a < b else f"{b}" for a, b in runs],
-            "their similarity to its end": _within(runs, evidence.similarity),
+            "CKA of these with their last": _within(runs, evidence.similarity),
             "similarity to the student's": _between(mapping, evidence.cross),
             "weight": [f"{row.weight:g}" for row in mapping.rows] if weighed else [],
         }

@@ -43,6 +43,32 @@ def start_from(folder: Path, *, resume: str | None, overwrite: bool) -> Path | N
     return None
 
 
+def refuse_finished(checkpoint: Path | None, *, steps: int, epochs: float) -> None:
+    """Refuse to go on where there is nothing left: Trainer would take one more step.
+
+    Args:
+        checkpoint: To go on from; None for a fresh start.
+        steps: Of the whole training; 0 or less: as many as the epochs have.
+        epochs: Of the whole training.
+
+    Raises:
+        InputError: With what to write to go on.
+    """
+    if checkpoint is None:
+        return
+    state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    done, whole, name = (
+        (state["global_step"], steps, "max_steps")
+        if steps > 0
+        else (state["epoch"] or 0, epochs, "num_train_epochs")
+    )
+    if done >= whole:
+        raise InputError(
+            f"--resume: {checkpoint} is the end of this training ({name} {whole:g}); there is "
+            f"nothing left to do: raise training.{name} to go on"
+        )
+
+
 def clear(folder: Path) -> None:
     """Delete the checkpoints of an earlier run, so that nothing resumes from them."""
     for entry in _checkpoints(folder).values():

@@ -8,13 +8,14 @@ from typing import Any
 from transformers import TrainingArguments
 
 from llm_distill import binding
-from llm_distill.arguments import check_arguments
+from llm_distill.arguments import check_arguments, check_batches
 from llm_distill.balance import Balance
 from llm_distill.balance.base import settle
 from llm_distill.data.files import is_local, missing
 from llm_distill.errors import InputError
 from llm_distill.loading import is_masked
 from llm_distill.objectives import Objective, Term
+from llm_distill.race.candidates import settings_of
 from llm_distill.recipe import Recipe
 from llm_distill.signals import ModelSpec
 from llm_distill.students import refuse_adapted_head, student_spec
@@ -67,6 +68,8 @@ def plan(recipe: Recipe, args: TrainingArguments) -> Plan:
     teacher = recipe.teacher.spec
     objectives = binding.ready(recipe.objectives, student, teacher)
     terms = binding.bind(objectives, student, teacher, seed=args.seed)
+    settings_of(objectives)  # those of a race are refused
+    check_batches(terms, args)
     balance = settle(recipe.balance, terms, student.depth)
     causal = not is_masked(recipe.teacher.config)
     if recipe.data.eval is not None or binding.reads_logits(terms):

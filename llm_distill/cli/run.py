@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 from llm_distill import data
 from llm_distill.card import DataFacts, origin_of
 from llm_distill.cli.console import Screen
-from llm_distill.cli.output import clear, sign, start_from
+from llm_distill.cli.output import clear, refuse_finished, sign, start_from
 from llm_distill.cli.plan import Plan, plan
 from llm_distill.cli.reading import open_screen, read_data, trainer_inputs
 from llm_distill.data import Prepared
@@ -36,6 +36,7 @@ def run(recipe: Recipe, *, resume: str | None = None, overwrite: bool = False) -
     folder = Path(recipe.training["output_dir"]).expanduser()
     checkpoint = start_from(folder, resume=resume, overwrite=overwrite)
     args = recipe.arguments()
+    refuse_finished(checkpoint, steps=args.max_steps, epochs=args.num_train_epochs)
     screen = open_screen(args)
     planned = plan(recipe, args)
     prepared = read_data(recipe, args, planned, screen)

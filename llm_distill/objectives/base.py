@@ -55,6 +55,7 @@ class Term(nn.Module):
         queries: The query rows it samples, for terms on attention maps.
         notes: What was decided when it was bound, for the table before training.
         mapping: Its layer map, for terms that pair layers.
+        gathers: Whether it compares the items of all ranks.
         adapts: Whether it wants to hear of its own value after each step.
         observes: M, sums it takes during the backward of a step; a term with any adapts.
         observed: `[M]` fp32, where it adds them up. The ledger makes it, and empties it after each
@@ -65,6 +66,7 @@ class Term(nn.Module):
     observes = 0
     observed: Tensor | None = None
     mapping: LayerMap | None = None
+    gathers = False
 
     def __init__(
         self,
@@ -112,6 +114,10 @@ class Term(nn.Module):
     def figures(self) -> dict[str, float]:
         """What it tells the log beside its value, read from the device: name -> figure."""
         return {}
+
+    def least_sequences(self) -> int:
+        """Sequences that a micro-batch of all ranks needs, below which the term never counts."""
+        return 1
 
     def alone(self, progress: float) -> bool:
         """Whether the student's blocks learn alone now; terms that do not let them are silent."""

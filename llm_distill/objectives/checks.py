@@ -58,6 +58,18 @@ def _said(value: object) -> str:
     return describe_function(cast("Callable[..., object]", value)) if function else str(value)
 
 
+def check_function(owner: str, field: str, value: object, home: str) -> None:
+    """Refuse what cannot be called, a name among it: names are for recipes.
+
+    Raises:
+        ValueError: With what to write in Python.
+    """
+    if callable(value):
+        return
+    instead = f"{home}.{value}" if isinstance(value, str) else f"a function of {home}"
+    raise ValueError(f"{owner}: {field} is {value!r}; in Python write {instead}")
+
+
 def check_row_function(
     function: Callable[..., Any], shape: tuple[int, ...], owner: str, **given: Tensor
 ) -> None:

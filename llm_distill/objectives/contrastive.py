@@ -157,6 +157,7 @@ class ContrastiveTerm(Term):
     observes = 2
 
     mapping: LayerMap
+    gathers = True
 
     def __init__(
         self, spec: Contrastive, mapping: LayerMap, student_width: int, teacher_width: int
@@ -213,9 +214,14 @@ class ContrastiveTerm(Term):
         return total
 
     @torch.no_grad()
+    def least_sequences(self) -> int:
+        """Two, of all ranks, unless tokens or a queue are there to tell them from."""
+        return 2 if self.spec.items == "pooled" and self.queue is None else 1
+
     def figures(self) -> dict[str, float]:
-        """How often the student found its own teacher in the last step."""
-        return {} if self.accuracy is None else {"accuracy": float(self.accuracy)}
+        """How often the student found its own teacher in the last step, if it had any item."""
+        accuracy = math.nan if self.accuracy is None else float(self.accuracy)
+        return {} if math.isnan(accuracy) else {"accuracy": accuracy}
 
     def after_step(self, value: Tensor, progress: float, observed: Tensor | None = None) -> None:
         """Keep the accuracy of the step."""
@@ -257,9 +263,9 @@ class ContrastiveTerm(Term):
 
     def _crowd(self, own: Tensor, facts: Facts, known: Facts, ranks: Ranks) -> Crowd:
         """The items among everyone's, and who is no candidate of whom."""
-        hidden = facts.blocked(known, self.spec.apart)
-        start = ranks.own * self._most
-        hidden[:, start : start + len(own)].fill_diagonal_(0)
+        place = torch.arange(len(known.label), device=own.device) - ranks.own * self._most
+        itself = place == torch.arange(len(own), device=own.device)[:, None]
+        hidden = facts.blocked(known, self.spec.apart) & ~itself
         waiting = own.new_zeros(own.shape[1], 0, own.shape[3])
         if self.queue is not None:
             waiting = self.queue.vectors.to(own.dtype)

@@ -128,7 +128,9 @@ class Gate(nn.Module):
         self.block.copy_(torch.where(whole, 0.0, self.block))
         now = torch.full_like(self.closed, progress).minimum(self.closed)
         self.closed.copy_(torch.where(self._against, now, self.closed))
-        self.value.copy_((1.0 - (progress - self.closed) / CLOSING).clamp(0.0, 1.0))
+        # A resumed training may be longer, with less progress than when it closed.
+        falling = 1.0 - (progress - self.closed) / CLOSING
+        self.value.copy_(falling.clamp_min(0.0).minimum(self.value))
 
     @property
     def cosine(self) -> Tensor:

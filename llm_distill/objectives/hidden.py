@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
-from llm_distill import projectors
+from llm_distill import projectors, schedules
 from llm_distill.layers import asks
 from llm_distill.losses.features import mse
 from llm_distill.losses.needs import Items, Needs, needs
 from llm_distill.objectives.blockwise import Blockwise
-from llm_distill.objectives.checks import check_choice, check_row_function, describe_function
+from llm_distill.objectives.checks import (
+    check_choice,
+    check_function,
+    check_row_function,
+    describe_function,
+)
 from llm_distill.objectives.mapped import Mapped
 from llm_distill.objectives.states import Comparison, HiddenStatesTerm, Normalization
 from llm_distill.picks import Pick
@@ -78,6 +83,9 @@ class HiddenStates(Mapped):
         """Refuse settings that cannot work."""
         super().__post_init__()
         check_choice("HiddenStates: init", self.init, ("random", "least_squares"))
+        check_function("HiddenStates", "loss", self.loss, "llm_distill")
+        if self.projector is not None:
+            check_function("HiddenStates", "projector", self.projector, "llm_distill.projectors")
         if self.normalize is not None:
             check_choice("HiddenStates: normalize", self.normalize, ("none", "layer", "l2"))
         check_choice("HiddenStates: rows", self.rows, ("supervised", "valid"))
@@ -156,6 +164,14 @@ class HiddenStates(Mapped):
         """Blocks that learn alone at first."""
         if not self.blockwise:
             return None
+        silent = [k / 100 for k in range(100) if k / 100 < self.blockwise]
+        silent = [progress for progress in silent if not schedules.at(self.weight, progress)]
+        if silent:
+            raise ValueError(
+                f"HiddenStates: blockwise trains nothing else until {self.blockwise:.0%}, and its "
+                f"weight is 0 at {silent[0]:.0%}; write a weight > 0 for that long, such as "
+                f"{{step: {{before: 1.0, after: 0.0, at: {self.blockwise:g}}}}}"
+            )
         bare = self.projector is None and not self.needs.same_width
         if bare and student.width != teacher.width:
             raise ValueError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 from llm_distill.layers import LayerMap, LayerStrategy, asks, auto, uniform
 from llm_distill.objectives.base import Objective
-from llm_distill.objectives.checks import describe_function
+from llm_distill.objectives.checks import check_function, describe_function
 
 if TYPE_CHECKING:
     from llm_distill.signals import ModelSpec
@@ -26,6 +26,11 @@ class Mapped(Objective):
     """
 
     layers: LayerStrategy = auto
+
+    def __post_init__(self) -> None:
+        """Refuse what is no strategy, such as a name that only a recipe may write."""
+        super().__post_init__()
+        check_function(type(self).__name__, "layers", self.layers, "llm_distill.layers")
 
     @property
     def fades(self) -> bool:

@@ -107,6 +107,10 @@ class HiddenStatesTerm(Term):
         """Groups too small for the loss."""
         return pick(batch, self.choice).skipped
 
+    def least_sequences(self) -> int:
+        """As many as the loss relates, where each gives one item to a rank's group."""
+        return self.choice.least if self.choice.items == "pooled" else 1
+
     def forward(self, student: Signals, teacher: Signals, batch: Batch, step: Step) -> Tensor:
         """Mean over rows of the map of the sum over items."""
         picked = pick(batch, self.choice)
@@ -215,7 +219,7 @@ class HiddenStatesTerm(Term):
         """Divergence of the learned shares from where they started, mean over rows of the map."""
         drifts = []
         for row, logits in zip(self.mapping.rows, self.shares, strict=True):
-            start = _logs(row).to(logits)
+            start = _logs(row).to(logits, non_blocking=True)
             now = logits.log_softmax(0)
             drifts.append((now.exp() * (now - start)).sum())
         return torch.stack(drifts).mean()

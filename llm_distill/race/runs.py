@@ -164,5 +164,5 @@ def _budget(arms: Sequence[Arm], waiting: int, settings: RaceSettings, total: in
     raise InputError(
         f"auto_race: share {settings.share:g} of {total} steps are {budget}, and a race of {hints} "
         f"maps with {len(settings.weights)} weights takes at least {size.least}; {instead}"
-        "train longer, or write auto"
+        f"train {math.ceil(size.least / settings.share)} steps, write fewer weights, or auto"
     )

@@ -58,7 +58,7 @@ class TestOneObjective:
         for words in (
             "HiddenStates: auto: segmentation",
             "finishes blocks",
-            "their similarity to its end",
+            "CKA of these with their last",
             "mean similarity to the end of the segment: ",
             f"HiddenStates: {out}/map.yaml, {out}/map.png",
         ):
@@ -111,7 +111,7 @@ class TestOneObjective:
         ended = cli("map", objectives=[{"HiddenStates": {"layers": "uniform"}}])
         assert ended.code == 0, ended.err
         assert is_png(tmp_path / "out" / "map.png")
-        assert "their similarity to its end" in ended.out
+        assert "CKA of these with their last" in ended.out
         assert LayerMap.load(tmp_path / "out" / "map.yaml") == uniform(2, 4)
 
     def test_the_student_is_measured_where_a_strategy_asks(

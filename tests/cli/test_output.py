@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_distill.cli.output import clear, sign, start_from
+from llm_distill.cli.output import clear, refuse_finished, sign, start_from
 from llm_distill.errors import InputError
 from llm_distill.publishing import versions
 from llm_distill.recipe import Recipe
@@ -101,3 +101,24 @@ def test_sign_writes_a_recipe_that_can_be_run_again(tmp_path: Path) -> None:
         "peft",
         "llm-distill",
     }
+
+
+class TestRefuseFinished:
+    def checkpoint(self, folder: Path, step: int, epoch: float) -> Path:
+        folder.mkdir()
+        text = json.dumps({"global_step": step, "epoch": epoch})
+        (folder / "trainer_state.json").write_text(text)
+        return folder
+
+    def test_what_is_left_is_gone_on_with(self, tmp_path: Path) -> None:
+        refuse_finished(None, steps=10, epochs=3.0)
+        made = self.checkpoint(tmp_path / "checkpoint-9", 9, 2.5)
+        refuse_finished(made, steps=10, epochs=1.0)
+        refuse_finished(made, steps=-1, epochs=3.0)
+
+    def test_the_end_is_the_end(self, tmp_path: Path) -> None:
+        made = self.checkpoint(tmp_path / "checkpoint-10", 10, 3.0)
+        with pytest.raises(InputError, match=r"end of this training \(max_steps 10\).*raise"):
+            refuse_finished(made, steps=10, epochs=9.0)
+        with pytest.raises(InputError, match=r"\(num_train_epochs 3\)"):
+            refuse_finished(made, steps=-1, epochs=3.0)

@@ -47,3 +47,20 @@ def test_a_stream_needs_a_number_of_steps(content: dict[str, Any]) -> None:
     content["training"]["max_steps"] = -1
     with pytest.raises(InputError, match="a stream has no known length"):
         planned(content)
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ([], "auto_race has share 2.0; write a fraction of the steps"),
+        ([{"AttentionMaps": {"layers": "auto_race"}}], "share 2.0"),
+        ([{"AttentionMaps": {"layers": {"auto_race": {"share": 0.1}}}}], "different settings"),
+    ],
+)
+def test_a_race_needs_settings_that_can_be(
+    content: dict[str, Any], others: list[Any], message: str
+) -> None:
+    share = 0.2 if "different" in message else 2
+    raced = {"HiddenStates": {"layers": {"auto_race": {"share": share}}}}
+    with pytest.raises(InputError, match=message):
+        planned(content | {"objectives": ["Logits", raced, *others]})

@@ -16,6 +16,7 @@ from llm_distill.layers import LayerMap, Row, explicit, last, uniform
 from llm_distill.objectives.blockwise import Blockwise, rms
 from llm_distill.objectives.states import HiddenStatesTerm
 from llm_distill.rows import Step
+from llm_distill.schedules import linear, step
 from llm_distill.signals import Request
 from tests import tiny
 from tests.objectives.compare import batch, read, specs
@@ -110,6 +111,22 @@ class TestAlone:
         terms = {n: HiddenStates(blockwise=0.5, layers=uniform).build(*spec) for n in ("a", "b")}
         with pytest.raises(InputError, match="a and b both let blocks learn alone"):
             Distiller(tiny.llama("student"), terms, "student")
+
+    @pytest.mark.parametrize(
+        ("weight", "place"),
+        [(0.0, "0%"), (partial(linear, start=1.0, end=0.0, until=0.3), "30%")],
+    )
+    def test_steps_that_would_train_nothing_are_refused(self, weight: Any, place: str) -> None:
+        spec = specs(tiny.llama("student"), tiny.llama("teacher"))
+        with pytest.raises(ValueError, match=f"weight is 0 at {place}; write a weight > 0"):
+            HiddenStates(blockwise=0.5, layers=uniform, weight=weight).build(*spec)
+
+    def test_a_hint_may_end_with_them(self) -> None:
+        spec = specs(tiny.llama("student"), tiny.llama("teacher"))
+        weight = partial(step, before=1.0, after=0.0, at=0.5)
+        term = HiddenStates(blockwise=0.5, layers=uniform, weight=weight).build(*spec)
+        assert term.alone(0.49)
+        assert not term.alone(0.5)
 
     @pytest.mark.parametrize("share", [-0.1, 1.0])
     def test_shares_out_of_range_are_refused(self, share: float) -> None:

@@ -458,6 +458,30 @@ class TestTraining:
             assert term.accuracy is not None
             assert 0.0 <= term.accuracy <= 1.0
 
+    def test_a_step_without_items_has_no_accuracy(self, tmp_path: Path) -> None:
+        """Its log has no NaN: one sequence alone is skipped."""
+        trainer = DistillTrainer(
+            tiny.llama("student"),
+            tiny.llama("teacher"),
+            [CrossEntropy(), Contrastive()],
+            tiny.arguments(tmp_path, max_steps=1, per_device_train_batch_size=1),
+            train_dataset=tiny.rows(),
+        )
+        trainer.train()
+        log = trainer.state.log_history[0]
+        assert log["skipped/Contrastive"] == 1.0
+        assert "accuracy/Contrastive" not in log
+
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+    def test_compiled_equals_eager(self, tmp_path: Path) -> None:
+        settings = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+        found = []
+        for changes in ({}, settings):
+            trainer = self.trainer(tmp_path, **changes)
+            trainer.train()
+            found.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+        assert found[1] == pytest.approx(found[0], rel=1e-5)
+
     def test_a_checkpoint_goes_on_bit_for_bit(self, tmp_path: Path) -> None:
         """The queue with it."""
         settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}

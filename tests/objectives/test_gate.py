@@ -172,6 +172,16 @@ class TestGate:
         assert falling == pytest.approx([1 - k / 500 / CLOSING for k in range(51)], abs=1e-5)
         assert values[150:] == [0.0] * 350
 
+    def test_it_stays_closed_where_a_resumed_training_is_longer(self) -> None:
+        """There its progress is less than it was when the gate closed."""
+        gate = Gate()
+        for number in range(1, 301):
+            gate.after_step(cosines(torch.tensor(-0.4 - 0.1 * (number % 2))), number / 500)
+        assert gate.value == 0.0
+        for number in range(301, 401):
+            gate.after_step(cosines(torch.tensor(0.9)), number / 5000)
+            assert gate.value == 0.0
+
     def test_steps_without_a_hint_or_with_nothing_else_say_nothing(self) -> None:
         gate = Gate()
         silent = [

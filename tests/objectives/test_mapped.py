@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -76,3 +77,17 @@ class TestMapped:
 
     def test_hints_fade(self) -> None:
         assert Plain().fades
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": "auto"}, r"layers is 'auto'; in Python write llm_distill\.layers\.auto"),
+        ({"layers": [(1, 3)]}, r"layers is \[\(1, 3\)\]; in Python write a function of"),
+        ({"loss": "pkt"}, r"loss is 'pkt'; in Python write llm_distill\.pkt"),
+        ({"projector": "mlp"}, r"projector is 'mlp'; in Python write llm_distill\.projectors\.mlp"),
+    ],
+)
+def test_names_are_for_recipes(settings: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HiddenStates(**settings)

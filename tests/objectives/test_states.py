@@ -16,6 +16,7 @@ from llm_distill.objectives.states import ANCHOR, HiddenStatesTerm
 from llm_distill.rows import Step
 from llm_distill.signals import Request
 from tests.objectives.planted import TEACHER, TWIN, Layout, Scene, bound, scene
+from tests.waiting import Waits
 
 STEP = Step(0.0, torch.ones(1))
 SOFT = LayerMap((Row(2, ((1, 0.25), (3, 0.75))), Row(4, ((4, 1.0),), weight=3.0)), 4, 4, "by hand")
@@ -85,6 +86,12 @@ class TestTrainedShares:
         held = value(term, given) - there
         expected = ANCHOR * len(given.batch.supervised) * divergence / 4
         assert held.item() == pytest.approx(float(expected), rel=1e-4)
+
+    def test_what_holds_them_waits_for_no_device(self) -> None:
+        term = build(layer_maps.learned).to("meta")
+        with Waits() as waits:
+            assert term._drift().device.type == "meta"
+        assert waits.found == []
 
     def test_shares_too_small_for_a_float_are_no_nan(self) -> None:
         narrow = partial(layer_maps.learned, width=0.05)
