@@ -85,8 +85,8 @@ def check(weight: float | Schedule, owner: str) -> None:
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"{owner}: weight {_shown(weight)} gives no number at progress {step / 100} "
-                f"({error}); write a number >= 0 or a schedule such as {{linear: {{start: 1.0, end: "
-                "0.0}}"
+                f"({error}); write a number >= 0 or a schedule such as "
+                "{linear: {start: 1.0, end: 0.0}}"
             ) from error
         if not math.isfinite(value) or value < 0:
             raise ValueError(

@@ -52,6 +52,7 @@ class Components:
             raise InputError(
                 f"{place}: {hint.__name__} cannot be written in a recipe; leave it out"
             )
+        self._refuse_nameless(value, place)
         name, arguments = split(value, place)
         found = self.find(name, place)
         here = place.key(name)
@@ -64,6 +65,31 @@ class Components:
         if not (inspect.isclass(found) and issubclass(found, hint) and is_spec(found)):
             raise InputError(f"{place}: {name!r} is no {hint.__name__}; {_offer(place, hint)}")
         return self.spec(found, arguments, place, here)
+
+    def _refuse_nameless(self, value: Any, place: Place) -> None:  # noqa: ANN401  any YAML
+        """Refuse an argument without its name, with the name that it probably has.
+
+        Raises:
+            InputError: Saying how it would be written.
+        """
+        if isinstance(value, list) and place.field == "layers":
+            raise InputError(
+                f"{place}: {value!r} is no component; write {{explicit: {{pairs: …}}}}"
+            )
+        if not isinstance(value, dict) or len(value) != 1:
+            return
+        ((name, argument),) = value.items()
+        if argument is None or isinstance(argument, dict):
+            return
+        found = self.find(name, place)
+        known = inspect.signature(found).parameters.values() if inspect.isfunction(found) else ()
+        settings = [p for p in known if _is_setting(p) and p.name not in MEASURED]
+        settings.sort(key=lambda p: p.default is not p.empty)  # what must be given first
+        if settings:
+            raise InputError(
+                f"{place.key(name)}: {argument!r} has no name; write {name}: "
+                f"{{{settings[0].name}: {argument}}}"
+            )
 
     def find(self, name: str, place: Place) -> Any:  # noqa: ANN401  any function or class
         """What a name stands for at a place.

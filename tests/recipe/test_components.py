@@ -1,6 +1,6 @@
 # ruff: noqa: E501  tables of cases
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -220,3 +220,16 @@ def test_fields_of_types_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> 
 
     made = Components().spec(Odd, {"other": 3}, Place("x"), Place("x.Odd"))
     assert made.other == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"saved": "map.yaml"}, r"'map\.yaml' has no name; write saved: \{path: map\.yaml\}"),
+        ({"last": 2}, r"2 has no name; write last: \{n: 2\}"),
+        ([[2, 9]], r"\[\[2, 9\]\] is no component; write \{explicit: \{pairs: …\}\}"),
+    ],
+)
+def test_arguments_without_their_names(value: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Components()(value, Callable[..., Any], Place("HiddenStates").key("layers"))
