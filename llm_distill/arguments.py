@@ -90,8 +90,8 @@ def check_checkpointing(args: TrainingArguments) -> None:
     for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
         if (getattr(args, name, None) or {}).get("use_reentrant"):
             raise InputError(
-                "AttentionMaps has no gradient under reentrant gradient checkpointing; write "
-                "activation_checkpointing_kwargs: {use_reentrant: false}"
+                "what reads attention has no gradient under reentrant gradient checkpointing; "
+                "write activation_checkpointing_kwargs: {use_reentrant: false}"
             )
 
 

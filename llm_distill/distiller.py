@@ -172,7 +172,8 @@ class Distiller(nn.Module):
                 no gradient, or with a balance that takes gradients at a layer.
         """
         options = kwargs.get("activation_checkpointing_kwargs") or {}
-        what = {"AttentionMaps": self.request.heads, "balance": self.balance.layer is not None}
+        maps, balanced = bool(self.request.heads), self.balance.layer is not None
+        what = {"what reads attention": maps, "balance": balanced}
         for name in (name for name, hurt in what.items() if hurt and options.get("use_reentrant")):
             raise ValueError(
                 f"{name} has no gradient under reentrant gradient checkpointing; write "

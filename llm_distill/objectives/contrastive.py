@@ -213,7 +213,6 @@ class ContrastiveTerm(Term):
             self.observed += torch.stack([hits, torch.full_like(hits, len(own) * len(found))])
         return total
 
-    @torch.no_grad()
     def least_sequences(self) -> int:
         """Two, of all ranks, unless tokens or a queue are there to tell them from."""
         return 2 if self.spec.items == "pooled" and self.queue is None else 1
