@@ -46,7 +46,7 @@ class TestRefusedBeforeTheTeacherLoads:
         self.refused(
             tmp_path,
             r"share 0.9 of 40 steps are 36, and a race of 5 maps with 1 weights takes at least 120;"
-            " train longer, or write auto",
+            " train 134 steps, write fewer weights, or auto",
         )
         message = r"share 0.04 of 1000 steps are 40, .* at least 160; write share: 0.16, train"
         self.refused(tmp_path, message, layers=auto_race, max_steps=1000)

@@ -49,7 +49,7 @@ class TestTrained:
     @pytest.mark.parametrize("kind", KINDS)
     def test_after_a_race_as_if_written_by_hand(self, tmp_path: Path, kind: str) -> None:
         raced = trainer(tmp_path / "raced", **KINDS[kind])
-        assert raced.run.told[0].startswith("race: steps")
+        assert any(line.startswith("race: steps") for line in raced.run.told)
         assert len(raced.run.objectives) == 2
         raced.args.max_steps = 3
         raced.train()  # before the other is made, which draws random numbers
