@@ -33,7 +33,7 @@ def main(folder: Path) -> None:
         told.append([arm.describe(), steps, measure(self, arm, steps)])
         return float(told[-1][2])
 
-    Heats.measure = noted  # type: ignore[method-assign]
+    Heats.measure = noted  # type: ignore[method-assign]  # to look
     args = tiny.arguments(folder / "out", max_steps=40)
     args.per_device_train_batch_size = 8 // args.world_size
     race = partial(auto_race, share=0.9, weights=(1.0,))

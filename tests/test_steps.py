@@ -367,7 +367,7 @@ class TestBalancedTraining:
             seen.append((trainer.state.global_step, step.rehearsal))
             return forward(batch, teacher, step)
 
-        trainer.distiller.forward = noting  # type: ignore[method-assign]
+        trainer.distiller.forward = noting  # type: ignore[method-assign]  # to look
         trainer.train()
         rehearsed = [done for done, rehearsal in seen if rehearsal]
         assert rehearsed == ([] if balance is uncertainty else [2])

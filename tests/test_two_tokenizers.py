@@ -245,7 +245,7 @@ class TestMaps:
         source = run.teacher.open(run.opening_request, done.args.device)
         found = surveying.survey(run, done.student, source, done.args).cross
         expected = Similarities()
-        teacher, student = run.teacher.model, done.student  # type: ignore[attr-defined]
+        teacher, student = run.teacher.model, done.student  # type: ignore[attr-defined]  # Local's
         with torch.no_grad():
             for start in range(0, 128, 16):
                 part = slice(start, start + 16)

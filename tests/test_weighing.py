@@ -34,7 +34,7 @@ def weighing(
     objectives = [CrossEntropy(weight=weights[0]), Logits(weight=weights[1])]
     terms = bind(objectives, SPEC, SPEC, seed=0)
     if gate is not None:
-        terms["Logits"].factor = lambda: torch.tensor(gate, device=device)  # type: ignore[method-assign]
+        terms["Logits"].factor = lambda: torch.tensor(gate, device=device)  # type: ignore[method-assign]  # a gate
     return Weighing(objectives, terms, balance or Balance(), device)
 
 

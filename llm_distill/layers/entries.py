@@ -125,7 +125,7 @@ def _layer(value: object, place: str) -> int:
 def _number(value: object, place: str) -> float:
     """A finite number; `1e-3` too, which YAML 1.1 reads as text."""
     try:
-        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]  # tried
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):

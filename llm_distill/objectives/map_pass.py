@@ -179,7 +179,7 @@ class _MapPass(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401  as above
         """Multiply what the forward computed."""
         query, key = ctx.saved_tensors
         return (query * grad).to(query.dtype), (key * grad).to(key.dtype), None

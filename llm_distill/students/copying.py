@@ -89,7 +89,7 @@ def _read(
     if not isinstance(teacher.model, str):
         return plain(teacher.model)
 
-    def thin(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def thin(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  its class's own
         kind.__init__(self, config, *args, **kwargs)
         there = self.get_submodule(path)
         for index in set(range(len(there))) - {block - 1 for block in blocks}:

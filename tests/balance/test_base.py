@@ -33,7 +33,7 @@ class TestBalance:
 class TestSettle:
     @pytest.mark.parametrize("rule", [None, fixed])
     def test_weights_stay_by_default(self, rule: object) -> None:
-        assert type(settle(rule, TERMS, 2)) is Balance  # type: ignore[arg-type]
+        assert type(settle(rule, TERMS, 2)) is Balance  # type: ignore[arg-type]  # None, or a rule
 
     def test_any_function_is_a_balance(self) -> None:
         class Halved(Balance):

@@ -57,7 +57,7 @@ def test_a_strategy_of_ones_own() -> None:
             [(1, int(similarity.values.sum()))], student_depth, teacher_depth, "mine"
         )
 
-    own: LayerStrategy = mine  # type: ignore[assignment]
+    own: LayerStrategy = mine  # type: ignore[assignment]  # a user's own
     assert asks(own) == {"similarity"}
     assert decide(own, 3, 9, ALL).pairs == ((1, 7),)
     with pytest.raises(ValueError, match="mine goes by how similar the teacher's layers are"):

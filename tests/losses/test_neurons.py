@@ -86,6 +86,6 @@ def test_nothing_is_read_on_the_host_when_sampling() -> None:
 
 def test_unknown_kernels_and_no_neurons_are_refused() -> None:
     with pytest.raises(ValueError, match=r"nst: kernel='rbf'; write one of polynomial, linear, ga"):
-        nst(*states(), kernel="rbf")  # type: ignore[arg-type]
+        nst(*states(), kernel="rbf")  # type: ignore[arg-type]  # refused
     with pytest.raises(ValueError, match=r"nst: neurons=0; take 1 or more"):
         nst(*states(), kernel="gaussian", neurons=0)

@@ -99,7 +99,7 @@ class TestMatching:
     def test_what_a_config_does_not_say_again(self) -> None:
         """Read anew, the config would give other blocks: `layer_types` is lost on the way."""
 
-        class Forgetful(type(tiny.gemma3().config)):  # type: ignore[misc]
+        class Forgetful(type(tiny.gemma3().config)):  # type: ignore[misc]  # its class
             def to_dict(self) -> dict[str, Any]:
                 return {k: v for k, v in super().to_dict().items() if k != "layer_types"}
 

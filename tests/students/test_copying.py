@@ -59,7 +59,7 @@ class TestFamilies:
         teacher = FAMILIES[family]()
         student = FromTeacher(layers=CHOSEN).load(given(teacher, route, tmp_path))
         path, theirs = find(teacher), teacher.state_dict()
-        assert len(student.get_submodule(path)) == len(CHOSEN)  # type: ignore[arg-type]
+        assert len(student.get_submodule(path)) == len(CHOSEN)  # type: ignore[arg-type]  # a list
         for name, weight in student.state_dict().items():
             if name.startswith(f"{path}."):
                 number, rest = name.removeprefix(f"{path}.").split(".", 1)
@@ -113,7 +113,7 @@ class TestOneTeacher:
         # Angles of positions are no weights: rounded, they would be others.
         rotary = wanted.get_submodule("model.rotary_emb").inv_freq
         assert rotary.dtype is torch.float32
-        assert torch.equal(rotary, teacher.get_submodule("model.rotary_emb").inv_freq)  # type: ignore[arg-type]
+        assert torch.equal(rotary, teacher.get_submodule("model.rotary_emb").inv_freq)  # type: ignore[arg-type]  # a buffer
 
     def test_a_teacher_in_half_precision_gives_masters_in_float32(
         self, route: str, tmp_path: Path
@@ -123,7 +123,7 @@ class TestOneTeacher:
         assert {p.dtype for p in student.parameters()} == {torch.float32}
         first: Any = teacher.get_submodule("model.layers.0.mlp.up_proj")
         assert torch.equal(
-            student.get_submodule("model.layers.0.mlp.up_proj").weight,  # type: ignore[arg-type]
+            student.get_submodule("model.layers.0.mlp.up_proj").weight,  # type: ignore[arg-type]  # a tensor
             first.weight.float(),
         )
 
@@ -259,7 +259,7 @@ def test_the_revision_is_the_teachers(tmp_path: Path, monkeypatch: pytest.Monkey
     model = tiny.llama("teacher")
     model.save_pretrained(tmp_path)
     seen: list[dict[str, Any]] = []
-    whole = type(model).from_pretrained.__func__  # type: ignore[attr-defined]
+    whole = type(model).from_pretrained.__func__  # type: ignore[attr-defined]  # to spy
 
     def record(kind: Any, /, name: str, **options: Any) -> Any:
         seen.append({"name": name, **options})
