@@ -21,8 +21,8 @@ WARMUP = 10
 ERRORS = 5.0
 """Standard errors by which the mean must be negative. It is looked at after every block: of 2,000
 trainings of 200 or 1,000 steps on zero-mean noise (normal, skewed, heavy-tailed) less than 0.5 %
-closed, less than 2.5 % where the noise of neighbouring steps correlates with 0.8. Where it correlates
-with 0.95, up to a fifth of short trainings did."""
+closed, less than 2.5 % where the noise of neighbouring steps correlates with 0.8. With 0.95, up to
+a fifth of short trainings did."""
 CLOSING = 0.1
 """Share of the training over which the hint's weight falls to 0 once the gate closes."""
 SUMS = 4
