@@ -26,19 +26,7 @@ from llm_distill.students import (
     student_spec,
 )
 from tests import tiny
-
-SMALL: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-}
-
-
-@pytest.fixture
-def config() -> PreTrainedConfig:
-    """A teacher's."""
-    return LlamaConfig(vocab_size=100, bos_token_id=1, eos_token_id=[2, 3], pad_token_id=None)
+from tests.students.conftest import SMALL
 
 
 class TestLoadStudent:
