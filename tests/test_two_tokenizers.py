@@ -261,7 +261,7 @@ class TestMaps:
             train_dataset=data(512),
             eval_dataset=None,
         )
-        assert "segmentation" in done.run.terms["HiddenStates"].notes[0]
+        assert "coverage" in done.run.terms["HiddenStates"].notes[0]
         assert done.run.told == done.run.tokenizers.told
         assert len(done.run.told) == 1
 

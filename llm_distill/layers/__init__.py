@@ -17,7 +17,8 @@ from llm_distill.layers.evidence import decide as decide
 from llm_distill.layers.map import LayerMap
 from llm_distill.layers.map import LayerStrategy as LayerStrategy
 from llm_distill.layers.map import Row as Row
-from llm_distill.layers.segments import arc_length, auto, segmentation
+from llm_distill.layers.segments import arc_length, auto, coverage, segmentation
+from llm_distill.layers.segments import covered as covered
 from llm_distill.layers.segments import score as score
 from llm_distill.layers.similarity import Similarities as Similarities
 from llm_distill.layers.similarity import Similarity as Similarity
@@ -41,6 +42,7 @@ __all__ = [
     "auto",
     "auto_race",
     "cka",
+    "coverage",
     "explicit",
     "first",
     "last",

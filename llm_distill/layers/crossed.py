@@ -2,7 +2,7 @@
 
 For pretrained students of another family. A student cut from its teacher, or a fresh one, looks
 like the teacher's first layers wherever it has to get to: `cka` notices and leaves it to
-`segmentation`.
+`coverage`.
 """
 
 import math
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from llm_distill.layers.evidence import figures, given
 from llm_distill.layers.map import LayerMap, Row
-from llm_distill.layers.segments import rising, segmentation
+from llm_distill.layers.programmes import rising
+from llm_distill.layers.segments import coverage
 from llm_distill.layers.similarity import Similarity
 
 CONTRAST = 3.0
@@ -36,7 +37,7 @@ def cka(
 ) -> LayerMap:
     """The strictly rising map of the most similar layers, last on last, held near the diagonal.
 
-    Maximises the sum of M[s, t] - prior (s / Ls - t / Lt)^2, exactly. Falls back to `segmentation`,
+    Maximises the sum of M[s, t] - prior (s / Ls - t / Lt)^2, exactly. Falls back to `coverage`,
     and says so, where M says nothing (the spread within its rows is below 3 standard errors), where
     the same programme without anchor and prior stays in the first third of the teacher (its mean
     layer), and where the student is deeper than its teacher.
@@ -67,7 +68,7 @@ def cka(
         if sum(free) / len(free) <= teacher_depth / 3:
             why = f"the student looks like the teacher's first layers, {free}"
     if why:
-        found = segmentation(student_depth, teacher_depth, similarity=similarity)
+        found = coverage(student_depth, teacher_depth, similarity=similarity)
         origin = f"{found.origin} (cka: {why})"
         return LayerMap.of(found.pairs, student_depth, teacher_depth, origin, found.evidence)
     gain = [

@@ -9,14 +9,9 @@ from dataclasses import replace
 
 from llm_distill.layers.evidence import figures, given
 from llm_distill.layers.map import LayerMap
+from llm_distill.layers.programmes import cut, spaced, spread
 from llm_distill.layers.similarity import Similarity
-from llm_distill.layers.strategies import even_ends, uniform
-
-TIE = 1e-6
-"""What one block of distance from the uniform map costs, in similarity. Added to the score before
-it is maximised, so that maps whose scores differ by less are ties that the more uniform one wins:
-above the rounding of fp32 (1e-7), far below any standard error of a measured similarity (1e-3). A
-tolerance on comparisons inside the programme would not be transitive."""
+from llm_distill.layers.strategies import uniform
 
 
 def segmentation(
@@ -45,20 +40,41 @@ def segmentation(
     ((1, 2), (2, 6))
     """
     similarity = given(similarity, "segmentation", "similarity")
-    values = figures(similarity, teacher_depth, teacher_depth, "similarity")
-    origin = "segmentation"
-    if student_depth > teacher_depth:
-        pairs = spread(student_depth, teacher_depth)
-        origin += ", student deeper: one row per teacher block"
-    else:
-        pairs = list(enumerate(_segment_ends(values, student_depth), start=1))
-    found = LayerMap.of(pairs, student_depth, teacher_depth, origin)
-    even = uniform(student_depth, teacher_depth)
-    evidence = (
-        ("mean similarity to the end of the segment", score(found, similarity)),
-        ("the same for uniform", score(even, similarity)),
-    )
-    return replace(found, evidence=evidence)
+    gain = _finished(figures(similarity, teacher_depth, teacher_depth, "similarity"))
+    return _cut(student_depth, teacher_depth, gain, "segmentation", "the end of the segment")
+
+
+def coverage(
+    student_depth: int, teacher_depth: int, *, similarity: Similarity | None = None
+) -> LayerMap:
+    """Targets that stand for the whole teacher: every block is close to one of them.
+
+    Maximises the sum over the teacher's blocks j of the larger of C[j, target before j] and
+    C[j, target at or after j], exactly; the last target is the last block, the embedding is none,
+    and ties go to the map closest to `uniform`. Unlike a segment, which is measured against its end
+    alone, a block may be close to where the run before it ended: no student block is asked to do
+    the work of many teacher blocks only because they resemble each other. With a student deeper
+    than its teacher every teacher block is a target, spread evenly over the student.
+
+    Args:
+        student_depth: Blocks of the student.
+        teacher_depth: Blocks of the teacher.
+        similarity: C, of teacher layers with teacher layers; measured at calibration.
+
+    Raises:
+        ValueError: If there is no similarity, or it has another depth.
+
+    Source: ours; the criterion is that of k-medoids (Kaufman and Rousseeuw 1987), here with a fixed
+    last medoid and along a line, where dynamic programming is exact.
+
+    >>> import torch
+    >>> drift = torch.tensor([[1 - abs(i - j) / 10 for j in range(8)] for i in range(8)])
+    >>> coverage(2, 7, similarity=Similarity(drift, drift)).pairs  # all within 2 of 3 or 7
+    ((1, 3), (2, 7))
+    """
+    similarity = given(similarity, "coverage", "similarity")
+    gain = _covered(figures(similarity, teacher_depth, teacher_depth, "similarity"))
+    return _cut(student_depth, teacher_depth, gain, "coverage", "the nearer target")
 
 
 def arc_length(
@@ -98,7 +114,7 @@ def auto(
     similarity: Similarity | None = None,
     most: int = 8,
 ) -> LayerMap:
-    """`segmentation`, of which at most so many rows, evenly by the teacher's arc length, stay.
+    """`coverage`, of which at most so many rows, evenly by the teacher's arc length, stay.
 
     Args:
         student_depth: Blocks of the student.
@@ -117,7 +133,7 @@ def auto(
     if most < 1:
         raise ValueError(f"layers: auto asks for at most {most} rows; write a number >= 1")
     similarity = given(similarity, "auto", "similarity")
-    whole = segmentation(student_depth, teacher_depth, similarity=similarity)
+    whole = coverage(student_depth, teacher_depth, similarity=similarity)
     found = replace(whole, origin=f"auto: {whole.origin}")
     if len(whole.rows) <= most:
         return found
@@ -141,104 +157,86 @@ def score(layer_map: LayerMap, similarity: Similarity) -> float:
     >>> score(uniform(2, 6), Similarity(halves, halves))  # blocks 1 and 2 are cut off from their 3
     0.6666666666666666
     """
-    values = figures(similarity, layer_map.teacher_depth, layer_map.teacher_depth, "similarity")
+    depth = layer_map.teacher_depth
+    return _mean(_ends(layer_map), _finished(figures(similarity, depth, depth, "similarity")))
+
+
+def covered(layer_map: LayerMap, similarity: Similarity) -> float:
+    """Mean similarity of the teacher's blocks to the nearer target around them, as in `coverage`.
+
+    Blocks after the last target count 0.
+
+    Raises:
+        ValueError: If a row has several teacher layers, or the targets fall.
+
+    >>> import torch
+    >>> halves = torch.block_diag(torch.ones(1, 1), torch.ones(2, 2), torch.ones(4, 4))
+    >>> covered(uniform(2, 6), Similarity(halves, halves))  # 3 is one of 3 to 6 and stands for them
+    0.6666666666666666
+    """
+    depth = layer_map.teacher_depth
+    return _mean(_ends(layer_map), _covered(figures(similarity, depth, depth, "similarity")))
+
+
+def _cut(
+    student_depth: int, teacher_depth: int, gain: Sequence[Sequence[float]], name: str, to: str
+) -> LayerMap:
+    """The map of the stretches with the largest sum of gains.
+
+    Args:
+        student_depth: Blocks of the student.
+        teacher_depth: Blocks of the teacher.
+        gain: Of each stretch, `[Lt + 1][Lt + 1]`.
+        name: Of the strategy.
+        to: What a gain measures similarity to, in the words of the evidence.
+    """
+    origin, even = name, uniform(student_depth, teacher_depth)
+    if student_depth > teacher_depth:
+        pairs = spread(student_depth, teacher_depth)
+        origin += ", student deeper: one row per teacher block"
+    else:
+        pairs = list(enumerate(cut(gain, student_depth), start=1))
+    evidence = (
+        (f"mean similarity to {to}", _mean([t for _, t in pairs], gain)),
+        ("the same for uniform", _mean([t for _, t in even.pairs], gain)),
+    )
+    return LayerMap.of(pairs, student_depth, teacher_depth, origin, evidence)
+
+
+def _finished(values: Sequence[Sequence[float]]) -> list[list[float]]:
+    """What the blocks after b and up to e have in common with block e: `[Lt + 1][Lt + 1]`."""
+    depth = len(values) - 1
+    gain = [[0.0] * (depth + 1) for _ in range(depth + 1)]
+    for e in range(1, depth + 1):
+        for b in reversed(range(e)):
+            gain[b][e] = gain[b + 1][e] + values[b + 1][e]
+    return gain
+
+
+def _covered(values: Sequence[Sequence[float]]) -> list[list[float]]:
+    """The same, where a block may be closer to b, unless that is the embedding."""
+    gain = _finished(values)
+    for b in range(1, len(values)):
+        for e in range(b + 1, len(values)):
+            gain[b][e] = sum(max(values[j][b], values[j][e]) for j in range(b + 1, e + 1))
+    return gain
+
+
+def _mean(ends: Sequence[int], gain: Sequence[Sequence[float]]) -> float:
+    """The gain of stretches, per block."""
+    stretches = zip([0, *ends], ends, strict=False)
+    return sum(gain[b][e] for b, e in stretches) / (len(gain) - 1)
+
+
+def _ends(layer_map: LayerMap) -> list[int]:
+    """The targets of the rows."""
     ends = [t for _, t in layer_map.pairs]
     if len(ends) > len(layer_map.rows) or ends != sorted(ends):
         raise ValueError(
             f"layers: {layer_map.origin} has no segments: a score needs one teacher layer per row, "
             "rising with the student's"
         )
-    total = 0.0
-    for start, end in zip([0, *ends], ends, strict=False):
-        total += sum(values[j][end] for j in range(start + 1, end + 1))
-    return total / layer_map.teacher_depth
-
-
-def spread(student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:
-    """Every teacher block once, spread evenly over a deeper student; last on last.
-
-    >>> spread(5, 3)
-    [(2, 1), (3, 2), (5, 3)]
-    """
-    return [(s, t) for t, s in enumerate(even_ends(teacher_depth, student_depth), start=1)]
-
-
-def spaced(positions: Sequence[float], count: int) -> list[int]:
-    """Indices of `count` positions that divide the way to the last one most evenly.
-
-    Rising strictly, the last one included, at the least sum of distances; ties go to indices that
-    are spread evenly.
-
-    >>> spaced([0.1, 0.5, 0.55, 1.0], 2)
-    [1, 3]
-    """
-    n = len(positions)
-    stretch = n / positions[-1] if positions[-1] > 0 else 0.0
-    even = even_ends(count, n)
-    gain = [
-        [
-            -abs(position * stretch - k * n / count * bool(stretch)) - TIE * abs(i - even[k - 1])
-            for i, position in enumerate(positions, start=1)
-        ]
-        for k in range(1, count + 1)
-    ]
-    return [end - 1 for end in rising(gain)]
-
-
-def rising(gain: Sequence[Sequence[float]], *, anchored: bool = True) -> list[int]:
-    """The strictly rising columns, one in each row, of the largest sum: `[R][C]` -> R of 1..C.
-
-    Exact dynamic programme in R C steps. Needs R <= C.
-
-    Args:
-        gain: By row and column.
-        anchored: Whether the last row takes the last column.
-
-    >>> rising([[5.0, 0.0, 0.0], [9.0, 1.0, 2.0]]), rising([[0.0, 1.0], [5.0, 0.0]])
-    ([1, 3], [1, 2])
-    """
-    columns = len(gain[0])
-    best = list(gain[0])
-    before: list[list[int]] = []
-    for row in gain[1:]:
-        reached, leading, chosen = [], -1, []
-        for c in range(columns):
-            if c and (leading < 0 or best[c - 1] > best[leading]):
-                leading = c - 1
-            chosen.append(leading)
-            reached.append(row[c] + best[leading] if leading >= 0 else float("-inf"))
-        best = reached
-        before.append(chosen)
-    end = columns - 1 if anchored else max(range(columns), key=best.__getitem__)
-    path = [end]
-    for chosen in reversed(before):
-        path.append(chosen[path[-1]])
-    return [c + 1 for c in reversed(path)]
-
-
-def _segment_ends(values: Sequence[Sequence[float]], segments: int) -> list[int]:
-    """Where each segment ends: `[Lt + 1][Lt + 1]` -> as many of 1..Lt, the last one Lt."""
-    depth = len(values) - 1
-    even = even_ends(segments, depth)
-    # inside[e][b]: what blocks 1..b have in common with block e.
-    inside = [[0.0] * (depth + 1) for _ in range(depth + 1)]
-    for e in range(1, depth + 1):
-        for j in range(1, e + 1):
-            inside[e][j] = inside[e][j - 1] + values[j][e]
-    best = [0.0] + [float("-inf")] * depth
-    before: list[list[int]] = []
-    for k in range(segments):
-        reached, chosen = [float("-inf")] * (depth + 1), [0] * (depth + 1)
-        for e in range(k + 1, depth + 1):
-            start = max(range(k, e), key=lambda b: best[b] - inside[e][b])
-            reached[e] = best[start] + inside[e][e] - inside[e][start] - TIE * abs(e - even[k])
-            chosen[e] = start
-        best = reached
-        before.append(chosen)
-    ends = [depth]
-    for chosen in reversed(before[1:]):
-        ends.append(chosen[ends[-1]])
-    return ends[::-1]
+    return ends
 
 
 def _arc(values: Sequence[Sequence[float]]) -> list[float]:

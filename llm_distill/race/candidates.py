@@ -13,11 +13,11 @@ from llm_distill.layers import (
     LayerStrategy,
     RaceSettings,
     asks,
+    coverage,
     decide,
     last,
     provenance,
     race_settings,
-    segmentation,
     uniform,
 )
 from llm_distill.layers.map import LayerMap
@@ -107,9 +107,9 @@ def proposals(
     if evidence.blocks is not None:
         made += _ours("provenance", provenance, depths, evidence)
     if evidence.similarity is not None:
-        made += _ours("segmentation", segmentation, depths, evidence)
+        made += _ours("coverage", coverage, depths, evidence)
     elif not seen:
-        made.append(Proposal("segmentation", None))
+        made.append(Proposal("coverage", None))
     plain = {"last": last, "middle and last": _middle, "uniform": uniform}
     for name, strategy in plain.items():
         made += _ours(name, strategy, depths, evidence)
@@ -146,7 +146,7 @@ def candidates(
             arms.append(arm)
             if proposal.own:
                 _refuse_unfit(arm, fit)
-    starts = [arm for arm in arms if arm.name in ("provenance", "segmentation", "uniform")]
+    starts = [arm for arm in arms if arm.name in ("provenance", "coverage", "uniform")]
     forced = [replace(arm, blockwise=BLOCKWISE) for arm in starts[:1] if blockwise]
     arms += [arm for arm in forced if _fits(arm, fit)]
     return arms if alone else [*arms, Arm("none", None)]

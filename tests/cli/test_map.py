@@ -53,13 +53,13 @@ class TestOneObjective:
         assert files(out) == {"map.yaml", "map.png", surveying.FILE}
         assert is_png(out / "map.png")
         mapping = LayerMap.load(out / "map.yaml")
-        assert mapping.origin == "auto: segmentation"
+        assert mapping.origin == "auto: coverage"
         assert mapping.pairs[-1] == (2, 4)
         for words in (
-            "HiddenStates: auto: segmentation",
+            "HiddenStates: auto: coverage",
             "finishes blocks",
             "CKA of these with their last",
-            "mean similarity to the end of the segment: ",
+            "mean similarity to the nearer target: ",
             f"HiddenStates: {out}/map.yaml, {out}/map.png",
         ):
             assert words in ended.out

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_distill.layers import Similarity, cka, segmentation, transport, uniform
+from llm_distill.layers import Similarity, cka, coverage, transport, uniform
 from llm_distill.layers.crossed import sinkhorn
-from llm_distill.layers.segments import rising
+from llm_distill.layers.programmes import rising
 from tests.layers import planted
 
 TRUTHS = [(2, 9, 13, 14, 17, 24), (3, 4, 5, 9, 19, 24), (5, 8, 12, 18, 19, 24)]
@@ -77,9 +77,9 @@ class TestCka:
         mapping = cka(3, 9, cross=similarity_of(values), similarity=similarity, prior=0.0)
         assert mapping.pairs == ((1, 4), (2, 5), (3, 9))
 
-    def test_noise_is_left_to_segmentation(self) -> None:
+    def test_noise_is_left_to_coverage(self) -> None:
         similarity = similarity_of(torch.rand(13, 13, generator=torch.Generator().manual_seed(0)))
-        expected = segmentation(4, 12, similarity=similarity)
+        expected = coverage(4, 12, similarity=similarity)
         for seed in range(20):
             draw = torch.Generator().manual_seed(seed)
             noise = 0.5 + 0.02 * torch.randn(5, 13, generator=draw)
@@ -87,12 +87,12 @@ class TestCka:
             assert mapping.rows == expected.rows
             assert mapping.evidence == expected.evidence
             assert "(cka: contrast 0.0" in mapping.origin
-            assert mapping.origin.startswith("segmentation (")
+            assert mapping.origin.startswith("coverage (")
             sure = cka(4, 12, cross=similarity_of(noise, 1e-4), similarity=similarity)
             assert "standard errors" not in sure.origin
 
     @pytest.mark.parametrize("depths", [(3, 8), (4, 12), (6, 24), (2, 6)])
-    def test_a_student_like_the_first_layers_is_left_to_segmentation(
+    def test_a_student_like_the_first_layers_is_left_to_coverage(
         self, depths: tuple[int, int]
     ) -> None:
         student, teacher = depths
@@ -106,14 +106,14 @@ class TestCka:
         assert (
             f"(cka: the student looks like the teacher's first layers, {first})" in mapping.origin
         )
-        assert mapping.rows == segmentation(student, teacher, similarity=similarity).rows
+        assert mapping.rows == coverage(student, teacher, similarity=similarity).rows
 
-    def test_a_deeper_student_is_left_to_segmentation(self) -> None:
+    def test_a_deeper_student_is_left_to_coverage(self) -> None:
         draw = torch.Generator().manual_seed(0)
         similarity = similarity_of(torch.ones(4, 4))
         cross = similarity_of(torch.rand(6, 4, generator=draw))
         mapping = cka(5, 3, cross=cross, similarity=similarity)
-        assert mapping.rows == segmentation(5, 3, similarity=similarity).rows
+        assert mapping.rows == coverage(5, 3, similarity=similarity).rows
         assert "(cka: the student is deeper)" in mapping.origin
 
     @pytest.mark.parametrize("prior", [-0.1, float("nan"), float("inf")])

@@ -18,6 +18,7 @@ ASKS: dict[str, set[str]] = {
     "auto": {"similarity"},
     "auto_race": {"race"},
     "cka": {"cross", "similarity"},
+    "coverage": {"similarity"},
     "explicit": set(),
     "first": set(),
     "last": set(),
@@ -96,7 +97,7 @@ def test_what_is_missing_is_said_in_words(name: str, message: str) -> None:
         strategy(name)(3, 6)
 
 
-@pytest.mark.parametrize("name", ["segmentation", "arc_length", "auto", "cka"])
+@pytest.mark.parametrize("name", ["segmentation", "coverage", "arc_length", "auto", "cka"])
 def test_evidence_of_another_teacher_is_refused(name: str) -> None:
     with pytest.raises(
         ValueError,
@@ -146,5 +147,14 @@ def test_every_strategy_works_or_refuses_in_words(name: str, student: int, teach
     assert mapping.student_layers <= set(range(1, student + 1))
     assert mapping.teacher_layers <= set(range(1, teacher + 1))
     assert LayerMap(mapping.rows, student, teacher, "again").rows == mapping.rows
-    if name in ("arc_length", "auto", "cka", "explicit", "last", "provenance", "segmentation"):
+    if name in (
+        "arc_length",
+        "auto",
+        "cka",
+        "coverage",
+        "explicit",
+        "last",
+        "provenance",
+        "segmentation",
+    ):
         assert mapping.pairs[-1] == (student, teacher)

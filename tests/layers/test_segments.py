@@ -1,7 +1,7 @@
-"""Segmentation, arc length and auto: brute force, and matrices whose answer is known."""
+"""Segmentation, coverage, arc length and auto: brute force, and matrices whose answer is known."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -12,6 +12,8 @@ from llm_distill.layers import (
     Similarity,
     arc_length,
     auto,
+    coverage,
+    covered,
     explicit,
     last,
     learned,
@@ -20,7 +22,6 @@ from llm_distill.layers import (
     segmentation,
     uniform,
 )
-from llm_distill.layers.segments import rising, spaced, spread
 
 DEPTHS = [(1, 1), (1, 7), (2, 7), (3, 8), (4, 10), (5, 5), (6, 13), (7, 24), (12, 13)]
 
@@ -45,6 +46,15 @@ def value(values: Tensor, cut: Sequence[int]) -> float:
         for j in range(start, end + 1):
             total += float(values[j, end])
         start = end + 1
+    return total
+
+
+def close(values: Tensor, targets: Sequence[int]) -> float:
+    """The score of a coverage, from its definition."""
+    total = 0.0
+    for j in range(1, len(values)):
+        around = [min(t for t in targets if t >= j), *[t for t in targets if t < j][-1:]]
+        total += max(float(values[j, t]) for t in around)
     return total
 
 
@@ -134,6 +144,89 @@ class TestSegmentation:
         assert score(mapping, of(values)) >= score(uniform(48, 126), of(values))
 
 
+class TestCoverage:
+    def test_it_is_what_brute_force_finds_on_200_random_matrices(self) -> None:
+        for seed in range(200):
+            depth, segments = 3 + seed % 7, 1 + seed % 4
+            segments = min(segments, depth)
+            values = symmetric(depth, seed)
+            cuts = [(*cut, depth) for cut in itertools.combinations(range(1, depth), segments - 1)]
+            best = max(cuts, key=lambda cut: close(values, cut))
+            found = coverage(segments, depth, similarity=of(values))
+            assert close(values, ends(found)) == pytest.approx(close(values, best), abs=1e-4), seed
+            assert covered(found, of(values)) * depth == pytest.approx(close(values, ends(found)))
+
+    @pytest.mark.parametrize(("student", "teacher"), DEPTHS)
+    @pytest.mark.parametrize("level", [0.0, 0.1, 0.9, 1.0])
+    def test_constant_similarity_gives_uniform(
+        self, student: int, teacher: int, level: float
+    ) -> None:
+        for noise in (0.0, 1e-8):
+            same = level + noise * (symmetric(teacher, 4).double() - 0.5)
+            same.fill_diagonal_(1.0)
+            assert coverage(student, teacher, similarity=of(same)).rows == (
+                uniform(student, teacher).rows
+            )
+
+    @pytest.mark.parametrize(("student", "teacher"), [(1, 5), (2, 6), (3, 9), (4, 12), (3, 24)])
+    def test_even_change_is_covered_evenly(self, student: int, teacher: int) -> None:
+        """The first target stands as far from block 1 as others from the middle between two."""
+        places = torch.arange(teacher + 1).double()
+        values = 1 - (places[:, None] - places).abs() / 100
+        found = ends(coverage(student, teacher, similarity=of(values)))
+        ways = [after - before for before, after in itertools.pairwise(found)]
+        assert not ways or max(ways) - min(ways) <= 1
+        assert not ways or abs(found[0] - 1 - max(ways) / 2) <= 1
+
+    @pytest.mark.parametrize("sizes", [(1, 1), (1, 6), (6, 1), (3, 1, 4), (2, 5, 1, 1, 7)])
+    def test_every_run_of_equal_blocks_has_a_target(self, sizes: tuple[int, ...]) -> None:
+        values = torch.block_diag(torch.ones(1, 1), *(torch.ones(n, n) for n in sizes))
+        mapping = coverage(len(sizes), sum(sizes), similarity=of(values))
+        borders = [0, *itertools.accumulate(sizes)]
+        runs = [range(b + 1, e + 1) for b, e in itertools.pairwise(borders)]
+        assert all(end in run for end, run in zip(ends(mapping), runs, strict=True))
+        assert covered(mapping, of(values)) == 1.0
+
+    @pytest.mark.parametrize("depth", [1, 2, 7, 24])
+    def test_equal_depths_give_the_identity(self, depth: int) -> None:
+        mapping = coverage(depth, depth, similarity=of(symmetric(depth, 3)))
+        assert mapping.pairs == tuple((k, k) for k in range(1, depth + 1))
+
+    def test_the_embedding_is_no_target(self) -> None:
+        values = symmetric(9, 0)
+        other = values.clone()
+        other[0], other[:, 0] = 100.0, -100.0
+        assert coverage(4, 9, similarity=of(values)) == coverage(4, 9, similarity=of(other))
+
+    def test_a_long_run_does_not_fall_to_the_first_block(self) -> None:
+        """Slow change at first, fast at the end: a segment would end half way up."""
+        way = torch.tensor([0.0, 0.5, 0.52, 0.53, 0.54, 0.55, 0.56, 0.6, 0.65, 0.7, 0.8, 0.9, 1.3])
+        values = 1 - (way[:, None] - way).abs() / 2
+        assert ends(segmentation(4, 12, similarity=of(values)))[0] == 6
+        assert ends(coverage(4, 12, similarity=of(values)))[0] == 3
+
+    def test_a_deeper_student_takes_every_teacher_block(self) -> None:
+        mapping = coverage(7, 3, similarity=of(symmetric(3, 0)))
+        assert mapping.pairs == ((2, 1), (5, 2), (7, 3))
+        assert "student deeper: one row per teacher block" in mapping.origin
+
+    def test_the_table_shows_what_it_rests_on(self) -> None:
+        values = torch.block_diag(torch.ones(1, 1), torch.ones(2, 2), torch.ones(4, 4))
+        assert str(coverage(2, 6, similarity=of(values))).splitlines() == [
+            "student layer | teacher layer   coverage",
+            "            1 | 2 of 6",
+            "            2 | 6 of 6",
+            "mean similarity to the nearer target: 1",
+            "the same for uniform: 0.6667",
+        ]
+
+    def test_deep_models_take_a_moment(self) -> None:
+        values = symmetric(126, 1)
+        mapping = coverage(48, 126, similarity=of(values))
+        assert len(mapping.rows) == 48
+        assert covered(mapping, of(values)) >= covered(uniform(48, 126), of(values))
+
+
 class TestArcLength:
     @pytest.mark.parametrize(("student", "teacher"), DEPTHS)
     @pytest.mark.parametrize("level", [0.5, 0.9, 1.0])
@@ -166,34 +259,20 @@ class TestArcLength:
         assert found == sorted(set(found))
         assert found[-1] == 8
 
-    def test_it_is_the_most_even_choice(self) -> None:
-        for seed in range(30):
-            depth, count = 4 + seed % 6, 1 + seed % 4
-            steps = torch.rand(depth, generator=torch.Generator().manual_seed(seed)).double()
-            way = steps.cumsum(0).tolist()
-
-            def distance(chosen: Sequence[int], way: list[float], count: int) -> float:
-                aims = [way[-1] * k / count for k in range(1, count + 1)]
-                return sum(abs(way[i] - aim) for i, aim in zip(chosen, aims, strict=True))
-
-            choices = [(*c, depth - 1) for c in itertools.combinations(range(depth - 1), count - 1)]
-            best = min(distance(c, way, count) for c in choices)
-            assert distance(spaced(way, count), way, count) == pytest.approx(best, abs=1e-4)
-
 
 class TestAuto:
-    def test_it_is_segmentation_up_to_eight_rows(self) -> None:
+    def test_it_is_coverage_up_to_eight_rows(self) -> None:
         values = of(symmetric(20, 0))
         for student in range(1, 9):
             mapping = auto(student, 20, similarity=values)
-            assert mapping.rows == segmentation(student, 20, similarity=values).rows
-            assert mapping.origin == "auto: segmentation"
+            assert mapping.rows == coverage(student, 20, similarity=values).rows
+            assert mapping.origin == "auto: coverage"
 
     @pytest.mark.parametrize(("student", "teacher"), [(9, 20), (28, 36), (20, 20), (40, 12)])
     def test_deeper_students_keep_eight_rows_and_the_last(self, student: int, teacher: int) -> None:
         values = of(symmetric(teacher, 0))
         mapping = auto(student, teacher, similarity=values)
-        whole = segmentation(student, teacher, similarity=values)
+        whole = coverage(student, teacher, similarity=values)
         assert len(mapping.rows) == 8
         assert set(mapping.rows) < set(whole.rows)
         assert mapping.pairs[-1] == (student, teacher)
@@ -240,29 +319,16 @@ class TestScore:
         twice = explicit(3, 6, pairs=[[1, 2], [2, 2], [3, 6]])
         assert score(twice, of(values)) == pytest.approx(value(values, (2, 6)) / 6)
 
-    def test_maps_without_segments_are_refused(self) -> None:
-        for mapping in (reverse(3, 6), learned(3, 6)):
-            with pytest.raises(
-                ValueError, match="has no segments: a score needs one teacher layer"
-            ):
-                score(mapping, of(torch.ones(7, 7)))
+    def test_coverage_of_maps_that_leave_out_rows_or_blocks(self) -> None:
+        values = symmetric(6, 0)
+        assert covered(last(3, 6), of(values)) == pytest.approx(float(values[1:, 6].sum()) / 6)
+        inside = explicit(3, 6, pairs=[[1, 2], [2, 4]])
+        assert covered(inside, of(values)) == pytest.approx(close(values[:5, :5], (2, 4)) / 6)
 
-
-def test_spread() -> None:
-    assert spread(4, 4) == [(1, 1), (2, 2), (3, 3), (4, 4)]
-    assert spread(12, 3) == [(4, 1), (8, 2), (12, 3)]
-    assert spread(9, 1) == [(9, 1)]
-
-
-def test_rising_is_what_brute_force_finds() -> None:
-    for seed in range(100):
-        rows, columns = 1 + seed % 4, 4 + seed % 5
-        gain = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)).tolist()
-        for anchored in (True, False):
-            paths = [
-                path
-                for path in itertools.combinations(range(1, columns + 1), rows)
-                if not anchored or path[-1] == columns
-            ]
-            best = max(paths, key=lambda p: sum(gain[r][c - 1] for r, c in enumerate(p)))
-            assert rising(gain, anchored=anchored) == list(best)
+    @pytest.mark.parametrize("scored", [score, covered])
+    @pytest.mark.parametrize("mapping", [reverse(3, 6), learned(3, 6)])
+    def test_maps_without_segments_are_refused(
+        self, scored: Callable[[LayerMap, Similarity], float], mapping: LayerMap
+    ) -> None:
+        with pytest.raises(ValueError, match="has no segments: a score needs one teacher layer"):
+            scored(mapping, of(torch.ones(7, 7)))

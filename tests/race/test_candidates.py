@@ -15,12 +15,12 @@ from llm_distill.layers import (
     Similarity,
     auto_race,
     cka,
+    coverage,
     explicit,
     last,
     provenance,
     random,
     reverse,
-    segmentation,
     uniform,
 )
 from llm_distill.race.candidates import (
@@ -96,20 +96,20 @@ class TestSettings:
 class TestProposals:
     def test_the_usual_ones(self) -> None:
         found = proposed()
-        assert list(found) == ["provenance", "segmentation", "last", "middle and last", "uniform"]
+        assert list(found) == ["provenance", "coverage", "last", "middle and last", "uniform"]
         assert found["provenance"] == provenance(*DEPTHS, blocks=EVIDENCE.blocks)
-        assert found["segmentation"] == segmentation(*DEPTHS, similarity=EVIDENCE.similarity)
+        assert found["coverage"] == coverage(*DEPTHS, similarity=EVIDENCE.similarity)
         middle = found["middle and last"]
         assert middle is not None
         assert middle.pairs == ((2, 6), (4, 12))
 
     def test_each_map_once(self) -> None:
-        """Equal shares of what does not change: segmentation is uniform."""
+        """Equal shares of what does not change: coverage is uniform."""
         flat = Similarity(torch.ones(13, 13), torch.zeros(13, 13))
         found = proposed(uniform, evidence=LayerEvidence(flat))
-        assert list(found) == ["segmentation", "last", "middle and last"]
-        assert found["segmentation"] is not None
-        assert found["segmentation"].rows == uniform(*DEPTHS).rows
+        assert list(found) == ["coverage", "last", "middle and last"]
+        assert found["coverage"] is not None
+        assert found["coverage"].rows == uniform(*DEPTHS).rows
 
     def test_maps_of_the_users(self) -> None:
         made = LayerMap.of([(1, 2), (4, 12)], *DEPTHS, "by hand")
@@ -123,12 +123,12 @@ class TestProposals:
     def test_before_the_data_were_seen(self) -> None:
         found = proposed(cka, reverse, evidence=LayerEvidence(blocks=(1, 2, 3, 12)), seen=False)
         assert [name for name, mapping in found.items() if mapping is None] == [
-            "segmentation",
+            "coverage",
             "cka",
         ]
 
     def test_too_few_data_to_compare_layers(self) -> None:
-        assert "segmentation" not in proposed(evidence=LayerEvidence())
+        assert "coverage" not in proposed(evidence=LayerEvidence())
         with pytest.raises(InputError, match=r"auto_race: also: cka: .* was not measured"):
             proposed(cka, evidence=LayerEvidence())
 
@@ -153,7 +153,7 @@ class TestProposals:
 
 class TestCandidates:
     PROPOSED = (
-        Proposal("segmentation", uniform(*DEPTHS)),
+        Proposal("coverage", uniform(*DEPTHS)),
         Proposal("last", last(*DEPTHS)),
         Proposal("mine", reverse(*DEPTHS), own=True),
         Proposal("later", None, own=True),
@@ -170,17 +170,17 @@ class TestCandidates:
     def test_all_at_the_middle_weight(self) -> None:
         arms = self.race()
         assert [arm.describe() for arm in arms] == [
-            "segmentation x 3",
+            "coverage x 3",
             "last x 3",
             "mine x 3",
-            "segmentation x 3, blockwise 33%",
+            "coverage x 3, blockwise 33%",
             "none",
         ]
         assert arms[3].blockwise == BLOCKWISE
 
     def test_nothing_else_to_learn_from(self) -> None:
         names = [arm.name for arm in self.race(alone=True, blockwise=False)]
-        assert names == ["segmentation", "last", "mine"]
+        assert names == ["coverage", "last", "mine"]
 
     def test_what_nobody_asked_for_may_not_fit(self) -> None:
         assert "last" not in [arm.name for arm in self.race(refused="last")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from scripts.bench.mapping.tables import MEASURED
+from scripts.bench.mapping.tables import MEASURED, SCORES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,23 +43,25 @@ def arms(results: Results, path: Path) -> bool:
 
 
 def scores(every: list[Results], path: Path) -> bool:
-    """One panel per pair; whether there was anything to draw."""
+    """One row per score and one panel per pair; whether there was anything to draw."""
     from matplotlib.figure import Figure
 
-    shown = [results for results in every if results.scores()]
+    shown = [results for results in every if results.scores(SCORES[0])]
     if not shown:
         return False
-    figure = Figure(figsize=(3.1 * len(shown), 3.0), layout="constrained")
-    panels = figure.subplots(1, len(shown), squeeze=False)[0]
-    for axes, results in zip(panels, shown, strict=True):
-        points = results.scores()
-        axes.plot([one for one, _ in points], [kl for _, kl in points], "o", color=BLUE, alpha=0.7)
-        found = results.correlation()
-        rank = f", rank correlation {found[0]:+.2f}" if found else ""
-        axes.set_title(f"({results.plan.pair}){rank}", fontsize=9)
-        axes.set_xlabel("segmentation score")
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("held-out KL")
+    figure = Figure(figsize=(3.1 * len(shown), 2.7 * len(SCORES)), layout="constrained")
+    panels = figure.subplots(len(SCORES), len(shown), squeeze=False)
+    for name, row in zip(SCORES, panels, strict=True):
+        for axes, results in zip(row, shown, strict=True):
+            points = results.scores(name)
+            kls = [kl for _, kl in points]
+            axes.plot([one for one, _ in points], kls, "o", color=BLUE, alpha=0.7)
+            found = results.correlation(name)
+            rank = f", rank correlation {found[0]:+.2f}" if found else ""
+            axes.set_title(f"({results.plan.pair}){rank}", fontsize=9)
+            axes.set_xlabel(f"{name} score")
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel("held-out KL")
     _save(figure, path)
     return True
 

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 HAND = ("uniform", "last", "skip", "first", "reverse", "random 0", "random 1", "random 2")
 """Maps that need no data: the best one is what `auto` is measured against."""
 
-DATA = ("provenance", "arc_length", "segmentation", "cka", "transport", "auto")
+DATA = ("provenance", "arc_length", "segmentation", "coverage", "cka", "transport", "auto")
 """Maps that data decide."""
 
-MANY = ("none", "last", "uniform", "segmentation", "auto", "auto_race")
+MANY = ("none", "last", "uniform", "segmentation", "coverage", "auto", "auto_race")
 """Arms with many seeds; the best map by hand is one of them as well."""
 
 STUDIES = ("auto as shipped", "auto_race", "best hand at race cost", "blockwise", "scores")
@@ -211,8 +211,8 @@ class Plan:
         return replace(job, steps=job.steps + raced["race_steps"])
 
     def drawn(self) -> dict[str, Job]:
-        """Random maps at the best weight of segmentation, seed 0."""
-        weight = self.best_weight("segmentation")
+        """Random maps at the best weight of `auto`, seed 0."""
+        weight = self.best_weight("auto")
         names = [f"drawn {place}" for place in range(self.settings.maps)]
         jobs = {name: self.job(name, 0, weight) for name in names} if weight is not None else {}
         return {name: job for name, job in jobs.items() if job is not None}
@@ -223,7 +223,7 @@ class Plan:
         if self.settings.pair(self.pair).start != "cut":
             return found
         for choice in BLOCKS:
-            for arm in ("none", "segmentation"):
+            for arm in ("none", "auto"):
                 for seed in self.seeds("blocks"):
                     job = self.job(arm, seed)
                     if job is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from scripts.bench.mapping import figures
 from scripts.bench.mapping.plan import HAND
 from scripts.bench.mapping.statistics import MARGIN, goal, verdict
-from scripts.bench.mapping.tables import MEASURED, Results, markdown
+from scripts.bench.mapping.tables import MEASURED, SCORES, Results, markdown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -80,16 +80,19 @@ def _goal(every: Sequence[Results]) -> Iterator[str]:
 
 
 def _correlations(every: Sequence[Results], drawn: Path) -> Iterator[str]:
-    """Does the score that `segmentation` maximises say anything?"""
+    """Do the scores that strategies maximise say anything?"""
     rows = []
     for results in every:
-        found = results.correlation()
-        if found is not None:
-            rows.append([f"({results.plan.pair})", f"{found[0]:+.2f}", str(found[1])])
+        found = [results.correlation(name) for name in SCORES]
+        ranks = [f"{one[0]:+.2f}" for one in found if one is not None]
+        if ranks:
+            maps = len(results.scores(SCORES[0]))
+            rows.append([f"({results.plan.pair})", *ranks, str(maps)])
     if not rows:
         return
-    yield from ("## Segmentation score and final KL over random rising maps, one seed", "")
-    yield from markdown(["pair", "rank correlation (wanted: negative)", "maps"], rows)
+    yield from ("## Scores of a map and its final KL, over random rising maps, one seed", "")
+    yield from ("Rank correlations; wanted: near -1.", "")
+    yield from markdown(["pair", *SCORES, "maps"], rows)
     yield ""
     if figures.scores(list(every), drawn / "mapping_scores.png"):
         yield from ("![Score against KL](figures/mapping_scores.png)", "")

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 MEASURED = ("auto", "auto_race")
 """What the goal is asked of."""
 
+SCORES = ("coverage", "segmentation")
+"""What strategies maximise, from the teacher alone; the first is that of `auto`."""
+
 
 class Results:
     """The lines of one pair, read as tables.
@@ -145,7 +148,7 @@ class Results:
         rows = []
         for choice in BLOCKS:
             cells = []
-            for arm in ("none", "segmentation"):
+            for arm in ("none", "auto"):
                 found = [
                     self.plan.kl(j) for (c, a, _), j in jobs.items() if (c, a) == (choice, arm)
                 ]
@@ -153,14 +156,14 @@ class Results:
                 cells.append(f"{sum(known) / len(known):.4f} ({len(known)})" if known else "")
             if any(cells):
                 rows.append([choice, *cells])
-        head = ["blocks", "no hint (seeds)", "segmentation (seeds)"]
+        head = ["blocks", "no hint (seeds)", "auto (seeds)"]
         return markdown(head, rows) if rows else []
 
     # Scores
 
-    def scores(self) -> list[tuple[float, float]]:
-        """(segmentation score, KL) of the random maps."""
-        from llm_distill.layers import LayerMap, Row, Similarity, score
+    def scores(self, name: str) -> list[tuple[float, float]]:
+        """(score, KL) of the random maps; the score is one of `SCORES`."""
+        from llm_distill.layers import LayerMap, Row, Similarity, covered, score
 
         line = self.plan.lines.get(self.plan.maps_job(0))
         found: list[tuple[float, float]] = []
@@ -168,6 +171,7 @@ class Results:
             return found
         import torch
 
+        scored = {"segmentation": score, "coverage": covered}[name]
         values = torch.tensor(line["similarity"])
         pair = self.plan.settings.pair(self.plan.pair)
         for job in self.plan.drawn().values():
@@ -175,12 +179,12 @@ class Results:
             if kl is not None and math.isfinite(kl) and job.mapping is not None:
                 rows = tuple(Row(s, teacher) for s, teacher in job.mapping)
                 mapping = LayerMap(rows, pair.student.depth, pair.teacher.depth, "drawn")
-                found.append((score(mapping, Similarity(values, values)), kl))
+                found.append((scored(mapping, Similarity(values, values)), kl))
         return found
 
-    def correlation(self) -> tuple[float, int] | None:
-        """Rank correlation of score and KL, and of how many maps."""
-        found = self.scores()
+    def correlation(self, name: str) -> tuple[float, int] | None:
+        """Rank correlation of a score and KL, and of how many maps."""
+        found = self.scores(name)
         if len(found) < 4:
             return None
         return spearman([one for one, _ in found], [kl for _, kl in found]), len(found)

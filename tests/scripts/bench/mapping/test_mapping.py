@@ -102,7 +102,7 @@ def test_maps_of_a_calibration(text: Path, tmp_path: Path) -> None:
     runs.do(Job("a", "models"), long, str(text), str(tmp_path))
     line = runs.do(Job("a", "maps"), long, str(text), str(tmp_path))
     assert line["maps"]["uniform"] == [[1, [[2, 1.0]]], [2, [[4, 1.0]]]]
-    assert line["maps"]["auto"] == line["maps"]["segmentation"]
+    assert line["maps"]["auto"] == line["maps"]["coverage"]
     assert line["maps"]["provenance"] == [[1, [[3, 1.0]]], [2, [[4, 1.0]]]]
     assert len(line["similarity"]) == 5
     assert sum(name.startswith("drawn") for name in line["maps"]) == 3  # there are no more
