@@ -113,7 +113,7 @@ class StudentTrainer(Trainer):
     ) -> None:
         """Student and terms; FSDP and DeepSpeed load the whole wrapper themselves."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            saving.check_maps(self.distiller, Path(resume_from_checkpoint))
+            saving.load_maps(self.distiller, Path(resume_from_checkpoint))
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         folder = Path(resume_from_checkpoint)

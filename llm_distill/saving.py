@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from llm_distill.errors import InputError
+from llm_distill.layers import Row
+from llm_distill.objectives import Term
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llm_distill.distiller import Distiller
-    from llm_distill.objectives import Term
 
 STUDENT = "student."
 TERMS = "terms."
@@ -95,7 +97,7 @@ def load_terms(distiller: Distiller, folder: Path) -> None:
 
     Raises:
         FileNotFoundError: If they have something to load and the checkpoint does not have it.
-        ValueError: If the checkpoint is of another balance, or of other layer maps.
+        ValueError: If the checkpoint is of another balance, or of other layer maps that stay.
     """
     own = _learned(distiller)
     path = folder / TERMS_FILE
@@ -106,7 +108,7 @@ def load_terms(distiller: Distiller, folder: Path) -> None:
             f"{path} is missing: the projectors of this run would start anew; resume from another "
             "checkpoint, or start over"
         )
-    check_maps(distiller, folder)
+    load_maps(distiller, folder)
     found = load_file(path)
     ours, theirs = ({k for k in keys if k.startswith(BALANCE)} for keys in (own, found))
     if ours != theirs:
@@ -124,8 +126,10 @@ def save_maps(distiller: Distiller, folder: Path) -> None:
     save_file({}, folder / TERMS_FILE, metadata={"maps": _maps(distiller)})
 
 
-def check_maps(distiller: Distiller, folder: Path) -> None:
-    """Refuse a checkpoint of other layer maps, whose projectors would fit by their shapes.
+def load_maps(distiller: Distiller, folder: Path) -> None:
+    """Go on with the layer maps of a checkpoint where they move; refuse others.
+
+    Projectors of other maps would fit by their shapes.
 
     Raises:
         InputError: With both maps.
@@ -135,6 +139,11 @@ def check_maps(distiller: Distiller, folder: Path) -> None:
         return
     with safe_open(str(path), framework="pt") as file:
         maps = (file.metadata() or {}).get("maps", _maps(distiller))
+    for number, rows in json.loads(maps).items():
+        term = distiller.terms[int(number)] if int(number) < len(distiller.terms) else None
+        if isinstance(term, Term) and term.moves and term.mapping is not None:
+            made = tuple(Row(s, tuple((t, share) for t, share in teacher)) for s, teacher in rows)
+            term.move(replace(term.mapping, rows=made))
     if maps != _maps(distiller):
         raise InputError(
             f"{folder} was trained with other layer maps, {_shown(maps)}; this run has "

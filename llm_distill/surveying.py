@@ -51,7 +51,14 @@ FILE = "calibration.safetensors"
 Found = TypeVar("Found")
 
 
-def survey(run: Run, student: nn.Module, source: Source, args: TrainingArguments) -> LayerEvidence:
+def survey(
+    run: Run,
+    student: nn.Module,
+    source: Source,
+    args: TrainingArguments,
+    *,
+    kept: bool = True,
+) -> LayerEvidence:
     """What the layer strategies of a run ask for; measured once, then read from its folder.
 
     Args:
@@ -59,6 +66,8 @@ def survey(run: Run, student: nn.Module, source: Source, args: TrainingArguments
         student: In evaluation mode while it is read.
         source: The teacher.
         args: Seed, device, and the folder.
+        kept: Whether figures are read from the folder and written to it; not those of a student
+            that has been trained since it was loaded.
 
     Returns:
         Similarities; None where nobody asks for them, or the data are too few to tell.
@@ -68,7 +77,7 @@ def survey(run: Run, student: nn.Module, source: Source, args: TrainingArguments
     if asked == (Request(), Request()) or run.kwargs.get("train_dataset") is None:
         return told
     batches = list(_batches(run, args, crossed=asked[0] != Request()))
-    key = _key(run, asked, batches)
+    key = _key(run, asked, batches) if kept else None
     place = Path(str(args.output_dir)) / FILE
     found = agreed(None if key is None else _read(place, key, args.device), args.device)
     if found is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, TrainingArguments
 
-from llm_distill import binding, race, schedules
+from llm_distill import binding, race, refreshing, schedules
 from llm_distill.balance.base import settle
 from llm_distill.calibration import calibrate
 from llm_distill.distiller import Distiller
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
     from llm_distill.balance import BalanceRule
+    from llm_distill.preparation import Run
     from llm_distill.teachers import Teacher
 
 DEFAULT_OBJECTIVES = (CrossEntropy(weight=0.1), Logits())
@@ -84,6 +85,7 @@ class DistillTrainer(StepTrainer):
         run = prepare_run(model, teacher, objectives, args, trainer_kwargs, adapter=peft_config)
         settle(balance, run.terms, run.student.depth)  # refused before weights load
         race.check(run, args, balance)
+        refreshing.check(run, args)
         student: nn.Module = load_student(model, run.teacher)
         if peft_config is not None:
             student = cast(
@@ -91,7 +93,8 @@ class DistillTrainer(StepTrainer):
             )
         self._source = run.teacher.open(run.opening_request, args.device)
         make = partial(DistillTrainer, rows_per_chunk=chunk, balance=balance)
-        self.run = run = calibrate(run, student, self._source, args, make)
+        asked, run = run, calibrate(run, student, self._source, args, make)
+        self.run = run
         distiller = Distiller(
             student,
             run.terms,
@@ -119,8 +122,15 @@ class DistillTrainer(StepTrainer):
         ranks = Ranks(args.device, self._over_ranks, self.accelerator.gather, decode)
         self._weighing = Weighing(run.objectives, run.terms, distiller.balance, args.device)
         self._ledger = Ledger(run.terms, ranks, distiller.balance)
-        self.add_callback(AfterStep(self._ledger))
+        self._add_callbacks(asked)
         self._evaluated = Tally((*run.terms, *MEASURES), args.device)
+
+    def _add_callbacks(self, asked: Run) -> None:
+        """What follows a step; `asked` is the run before data decided its maps."""
+        self.add_callback(AfterStep(self._ledger))
+        if refreshing.follows(asked.objectives):
+            given = asked, self.run, self.distiller.student, self._source
+            self.add_callback(refreshing.Refresh(*given, self._announce))
 
     @property
     def _ranks(self) -> int:

@@ -1,6 +1,8 @@
 """Tiny seeded models and data for every test; nothing here touches a network."""
 
+import importlib.util
 import os
+from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +18,18 @@ if not torch.cuda.is_available():
 from transformers import LlamaForCausalLM
 
 from tests import tiny
+
+PACKAGE = Path(__file__).resolve().parents[1] / "llm_distill"
+
+TRITON = ("losses/kernel_forms.py", "losses/kernel_rows.py")
+"""Modules that need it; only Linux has it."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Leave out what cannot be imported here, by name: any other import error is one."""
+    if importlib.util.find_spec("triton") is None:
+        ignored = [str(PACKAGE / name) for name in TRITON]
+        config.option.ignore = [*(config.option.ignore or []), *ignored]
 
 
 @pytest.fixture(autouse=True)

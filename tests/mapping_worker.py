@@ -4,8 +4,10 @@ Usage: python -m tests.mapping_worker FOLDER   (beside it the folders `student` 
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -16,8 +18,8 @@ from tests.launch import finish
 
 
 def train(folder: Path) -> dict[str, Any]:
-    """Twelve steps of four rows: a block of the gate, and two steps of the next."""
-    from llm_distill import DistillTrainer, HiddenStates, Logits
+    """Twelve steps of four rows: a block of the gate, two of the next; a look after the second."""
+    from llm_distill import DistillTrainer, HiddenStates, Logits, refreshing
     from llm_distill import layers as layer_maps
     from llm_distill.surveying import FILE
 
@@ -27,12 +29,14 @@ def train(folder: Path) -> dict[str, Any]:
     objectives = [
         Logits(),
         HiddenStates(rows="valid"),
-        HiddenStates(layers=layer_maps.transport, rows="valid"),
+        HiddenStates(layers=partial(layer_maps.transport, refresh=2), rows="valid"),
     ]
     trainer = DistillTrainer(student, teacher, objectives, args, train_dataset=tiny.rows(32))
     _wait()
     files = [file.name for file in (folder / "out").iterdir()]
-    trainer.train()
+    with patch.object(refreshing, "refreshed", wraps=layer_maps.refreshed) as looked:
+        trainer.train()
+    given = [call.args for call in looked.call_args_list]
     terms: list[Any] = list(trainer.run.terms.values())[1:]
     gates = {f"{k}.{n}": b for k in (0, 1) for n, b in terms[k].gate.state_dict().items()}
     return {
@@ -40,6 +44,7 @@ def train(folder: Path) -> dict[str, Any]:
         "files": files,
         "gate": gates,
         "similarity": load_file(folder / "out" / FILE),
+        "looks": [(proposed.pairs, cross.values) for _, proposed, cross in given],
     }
 
 

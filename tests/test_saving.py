@@ -17,7 +17,7 @@ from llm_distill.layers import first, last, uniform
 from llm_distill.saving import (
     ADAPTER_FILE,
     TERMS_FILE,
-    check_maps,
+    load_maps,
     load_student,
     load_terms,
     save_maps,
@@ -194,8 +194,8 @@ def test_maps_are_compared_where_the_terms_lie_elsewhere(tmp_path: Path) -> None
         return Distiller(tiny.llama("teacher"), terms, "student")
 
     folder = tmp_path / "checkpoint-2"
-    check_maps(made(uniform), folder)
+    load_maps(made(uniform), folder)
     save_maps(made(uniform), folder)
-    check_maps(made(uniform), folder)
+    load_maps(made(uniform), folder)
     with pytest.raises(ValueError, match=r"with other layer maps, .* or start over"):
-        check_maps(made(last), folder)
+        load_maps(made(last), folder)

@@ -356,5 +356,10 @@ def test_two_ranks_agree_with_each_other_and_with_one(
             assert torch.allclose(found["similarity"][name], tensor, atol=1e-5), name
         for name, tensor in alone["gate"].items():
             assert torch.allclose(found["gate"][name], tensor, rtol=1e-3, atol=1e-5), name
+        (looked,), (there,) = found["looks"], alone["looks"]
+        assert looked[0] == there[0]
+        assert torch.allclose(looked[1], there[1], atol=1e-4)
+        assert not torch.allclose(looked[1], alone["similarity"]["cross.values"], atol=1e-4)
+    assert torch.equal(first["looks"][0][1], second["looks"][0][1])
     for part in ("gate", "similarity"):
         assert all(torch.equal(first[part][name], second[part][name]) for name in first[part])

@@ -17,6 +17,9 @@ from llm_distill.layers.evidence import decide as decide
 from llm_distill.layers.map import LayerMap
 from llm_distill.layers.map import LayerStrategy as LayerStrategy
 from llm_distill.layers.map import Row as Row
+from llm_distill.layers.refresh import looks as looks
+from llm_distill.layers.refresh import refreshed as refreshed
+from llm_distill.layers.refresh import stays as stays
 from llm_distill.layers.segments import arc_length, auto, coverage, segmentation
 from llm_distill.layers.segments import covered as covered
 from llm_distill.layers.segments import score as score

@@ -14,6 +14,7 @@ from torch import Tensor
 from llm_distill.layers.evidence import figures, given
 from llm_distill.layers.map import LayerMap, Row
 from llm_distill.layers.programmes import rising
+from llm_distill.layers.refresh import check_refresh
 from llm_distill.layers.segments import coverage
 from llm_distill.layers.similarity import Similarity
 
@@ -34,6 +35,7 @@ def cka(
     cross: Similarity | None = None,
     similarity: Similarity | None = None,
     prior: float = 0.2,
+    refresh: int = 0,
 ) -> LayerMap:
     """The strictly rising map of the most similar layers, last on last, held near the diagonal.
 
@@ -48,12 +50,15 @@ def cka(
         cross: M, of student layers with teacher layers; measured at calibration.
         similarity: Of teacher layers with teacher layers, for the fallback.
         prior: Weight of the diagonal, >= 0.
+        refresh: Steps between two looks at the student while it trains, each of which may move the
+            map (`layers.refresh`), after the warm-up and until 30 % of the training; 0: none.
 
     Raises:
-        ValueError: If a similarity is missing or has other depths, or the prior is negative.
+        ValueError: If a similarity is missing or has other depths, or a setting is negative.
 
     Source: ours; unbiased CKA as in Nguyen et al. 2020, arXiv 2010.15327.
     """
+    check_refresh(refresh, "cka")
     cross, similarity = given(cross, "cka", "cross"), given(similarity, "cka", "similarity")
     values = _blocks(cross, student_depth, teacher_depth)
     offset = _offsets(student_depth, teacher_depth, prior, "cka")
@@ -91,6 +96,7 @@ def transport(
     cross: Similarity | None = None,
     prior: float = 0.2,
     epsilon: float = 0.05,
+    refresh: int = 0,
 ) -> LayerMap:
     """Mixtures of teacher layers, each of which is used as much as every other.
 
@@ -103,6 +109,8 @@ def transport(
         cross: M, of student layers with teacher layers; measured at calibration.
         prior: Weight of the diagonal, >= 0.
         epsilon: Weight of the entropy, > 0; larger is softer.
+        refresh: Steps between two looks at the student while it trains, each of which may move the
+            map (`layers.refresh`), after the warm-up and until 30 % of the training; 0: none.
 
     Raises:
         ValueError: If there is no similarity or it has other depths, the prior is negative, or
@@ -111,6 +119,7 @@ def transport(
     Source: Li et al. 2020 (BERT-EMD), arXiv 2010.06133; entropic as in Cuturi 2013, arXiv
     1306.0895.
     """
+    check_refresh(refresh, "transport")
     cross = given(cross, "transport", "cross")
     values = _blocks(cross, student_depth, teacher_depth)
     offset = _offsets(student_depth, teacher_depth, prior, "transport")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -55,6 +55,7 @@ class Term(nn.Module):
         queries: The query rows it samples, for terms on attention maps.
         notes: What was decided when it was bound, for the table before training.
         mapping: Its layer map, for terms that pair layers.
+        moves: Whether that map may become another one while it trains.
         gathers: Whether it compares the items of all ranks.
         adapts: Whether it wants to hear of its own value after each step.
         observes: M, sums it takes during the backward of a step; a term with any adapts.
@@ -66,6 +67,7 @@ class Term(nn.Module):
     observes = 0
     observed: Tensor | None = None
     mapping: LayerMap | None = None
+    moves = False
     gathers = False
 
     def __init__(
@@ -105,6 +107,22 @@ class Term(nn.Module):
             f"{type(self).__name__} has no forward of its own: head terms run in the distiller's "
             "pass over the head, other terms write one"
         )
+
+    def move(self, mapping: LayerMap) -> None:
+        """Go on with another map of the same student layers: other layers of the teacher are read.
+
+        Projectors, one for each row, are trained on.
+        """
+        asked, layers = self.teacher, mapping.teacher_layers
+        self.teacher = replace(
+            asked,
+            hidden=layers if asked.hidden else asked.hidden,
+            heads=layers if asked.heads else asked.heads,
+            relations=layers if asked.relations else asked.relations,
+        )
+        told = len(str(self.mapping).splitlines())  # of the notes, at their beginning
+        self.notes = (*str(mapping).splitlines(), *self.notes[told:])
+        self.mapping = mapping
 
     def skipped(self, batch: Batch) -> int:
         """Groups of this batch that are too small for its loss, known on the host."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm_distill.layers import LayerStrategy, asks, last
+from llm_distill.layers import LayerStrategy, asks, last, stays
 from llm_distill.losses.softmax import wide
 from llm_distill.objectives.base import Evidence, Term
 from llm_distill.objectives.checks import check_choice, check_least
@@ -97,10 +97,10 @@ class Contrastive(Mapped):
                 f"Contrastive: apart is {self.apart} tokens, and items are {self.items}, one for a "
                 "sequence; write items: token, or leave apart out"
             )
-        if self.queue and "epoch" in asks(self.layers):
+        if self.queue and not stays(self.layers):
             raise ValueError(
-                "Contrastive: a queue outlives the layer map, which is drawn anew in each epoch; "
-                "write queue: 0, or layers that stay"
+                "Contrastive: a queue outlives the layer map, which changes in the training; write "
+                "queue: 0, or layers that stay"
             )
 
     @property

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor, nn
 
 from llm_distill import projectors, schedules
-from llm_distill.layers import asks
+from llm_distill.layers import asks, looks
 from llm_distill.losses.features import mse
 from llm_distill.losses.needs import Items, Needs, needs
 from llm_distill.objectives.blockwise import Blockwise
@@ -164,6 +164,11 @@ class HiddenStates(Mapped):
         """Blocks that learn alone at first."""
         if not self.blockwise:
             return None
+        if looks(self.layers):
+            raise ValueError(
+                "HiddenStates: blockwise trains the segments of one map, and "
+                f"{describe_function(self.layers)} may move it; write refresh: 0, or blockwise: 0"
+            )
         silent = [k / 100 for k in range(100) if k / 100 < self.blockwise]
         silent = [progress for progress in silent if not schedules.at(self.weight, progress)]
         if silent:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llm_distill import heads as head_rules
+from llm_distill.layers import stays
 from llm_distill.losses.attention import map_kl
 from llm_distill.objectives.base import Evidence, QueryPlan, Term
 from llm_distill.objectives.checks import check_evidence, check_row_function, describe_function
@@ -83,11 +84,11 @@ class AttentionMaps(Mapped):
             head_rules.check_group(student.heads, teacher.heads)
         if self.matched:
             head_rules.check_match(student.heads, teacher.heads)
-        if self.matched and redraw is not None:
+        if self.matched and not stays(self.layers):
             raise ValueError(
                 "AttentionMaps: heads: match is decided for the blocks of one map, and "
-                f"{describe_function(self.layers)} draws another in each epoch; use heads: mean or "
-                "group, or write its epoch down"
+                f"{describe_function(self.layers)} changes it in the training; use heads: mean or "
+                "group, or layers that stay (random: write its epoch down; cka: leave refresh out)"
             )
         term = AttentionMapsTerm(self, mapping, student.heads, redraw)
         if self.matched:

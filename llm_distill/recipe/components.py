@@ -267,7 +267,8 @@ def _refuse_unknown(given: Mapping[str, Any], known: list[str], owner: str, here
     for name in given:
         if name not in known:
             near = did_you_mean(name, known)
-            has = f"; it has {_listed(known)}" if known else "; it takes no arguments"
+            offered = [name for name in known if name not in MEASURED]
+            has = f"; it has {_listed(offered)}" if offered else "; it takes no arguments"
             raise InputError(f"{here}: {owner} has no {name!r}{near or has}")
 
 

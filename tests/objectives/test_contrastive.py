@@ -412,7 +412,7 @@ class TestSettings:
             ({"apart": 2}, "items are pooled, one for a sequence; write items: token"),
             ({"items": "sequence"}, "items is 'sequence'; write one of pooled, token"),
             ({"rows": "all"}, "rows is 'all'; write one of supervised, valid"),
-            ({"queue": 4, "layers": layer_maps.random}, "drawn anew in each epoch; write queue: 0"),
+            ({"queue": 4, "layers": layer_maps.random}, "changes in the training; write queue: 0"),
         ],
     )
     def test_what_cannot_work_is_refused(self, settings: dict[str, Any], message: str) -> None:

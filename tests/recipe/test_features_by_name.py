@@ -10,7 +10,7 @@ import pytest
 import llm_distill
 from llm_distill import layers, losses, projectors
 from llm_distill.errors import InputError
-from llm_distill.layers import LayerMap, asks, race_settings
+from llm_distill.layers import LayerMap, asks, looks, race_settings
 from llm_distill.objectives import HiddenStates, Objective
 from llm_distill.recipe import Recipe, document
 from llm_distill.recipe.components import Components
@@ -46,6 +46,7 @@ class TestLayers:
         assert made("layers: {random: {seed: 3}}").layers.keywords == {"seed": 3}
         assert made("layers: {auto: {most: 4}}").layers.keywords == {"most": 4}
         assert made("layers: {transport: {epsilon: 1e-1}}").layers.keywords == {"epsilon": 0.1}
+        assert looks(made("layers: {cka: {refresh: 50}}").layers) == 50
         assert made("layers: {provenance: {blocks: [1, 4]}}").layers(2, 4).pairs == ((1, 3), (2, 4))
 
     def test_a_saved_map(self, tmp_path: Path) -> None:
@@ -71,6 +72,7 @@ class TestLayers:
             ("{segmentation: {similarity: 3}}", r"layers\.segmentation\.similarity: it is measured at calibration; leave it out"),
             ("{segmentation: {similarity: null}}", r"similarity: it is measured at calibration"),
             ("{cka: {cross: [[1]]}}", r"layers\.cka\.cross: it is measured at calibration"),
+            ("{auto: {refresh: 50}}", r"auto has no 'refresh'; it has most"),
             ("{auto_race: {race: uniform}}", r"layers\.auto_race\.race: a race decides it; leave it out"),
             ("{auto_race: {race: {LayerMap: {rows: []}}}}", "race: a race decides it"),
             ("{auto_race: {also: [{cka: {cross: 1}}]}}", r"also\[0\]\.cka\.cross: it is measured"),
