@@ -51,7 +51,7 @@ def calibrate(
     """
     run = _mapped(run, student, source, args, make)
     ours, theirs = binding.survey(run.objectives, run.student, run.teacher.spec)
-    if ours == theirs == Request():
+    if ours == theirs == Request() or run.kwargs.get("train_dataset") is None:
         source.ask(run.teacher_request)
         return run
     source.ask(theirs)

@@ -228,7 +228,8 @@ def _check_training_data(run: Run, args: TrainingArguments) -> None:
         raise InputError(
             f"train_dataset is a {type(dataset).__name__} of {sorted(dataset)}; give one of them"
         )
-    surveyed = binding.survey(run.objectives, run.student, run.teacher.spec)
+    needing = [objective for objective in run.objectives if objective.needs_data]
+    surveyed = binding.survey(needing, run.student, run.teacher.spec)
     if dataset is None and surveyed != (Request(), Request()):
         raise InputError(
             "there is no train_dataset to calibrate on; give one, or write init: random and heads: "

@@ -86,7 +86,9 @@ class TestRequests:
         )
 
     def test_only_what_needs_data_is_surveyed(self) -> None:
-        assert binding.survey(EVERYTHING, STUDENT, TEACHER) == (Request(), Request())
+        random = HiddenStates(init="random")
+        plain = (CrossEntropy(), Logits(), random, AttentionMaps())
+        assert binding.survey(plain, STUDENT, TEACHER) == (Request(), Request())
         fitted = HiddenStates(init="least_squares", layers=layer_maps.last)
         matched = AttentionMaps(heads=head_rules.match)
         assert binding.survey((Logits(), fitted, matched), STUDENT, TEACHER) == (
@@ -121,6 +123,7 @@ class TestDescribe:
             "  student layer | teacher layer   uniform",
             "              1 | 2 of 4",
             "              2 | 4 of 4",
+            "  projectors: least squares, decided at calibration",
             "  4,224 trained parameters, not part of the exported student",
         ]
 

@@ -169,7 +169,8 @@ class TestCalibrated:
         return before, after
 
     def test_most_runs_need_none(self, tmp_path: Path) -> None:
-        before, after = self.run(tmp_path, Logits(), HiddenStates(layers=uniform))
+        random = HiddenStates(layers=uniform, init="random")
+        before, after = self.run(tmp_path, Logits(), random)
         assert after is before
 
     def test_it_is_the_same_again_and_said(self, tmp_path: Path) -> None:

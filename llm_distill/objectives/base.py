@@ -209,6 +209,11 @@ class Objective(ABC):
         del student, teacher
         return Request(), Request()
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether it cannot do without what it surveys."""
+        return True
+
     @abstractmethod
     def build(
         self, student: ModelSpec, teacher: ModelSpec, evidence: Evidence | None = None

@@ -42,8 +42,9 @@ class HiddenStates(Mapped):
             widths.
         projector: From the student's width to the teacher's (`llm_distill.projectors`), one for
             each pair. By default none for equal widths and losses that relate rows, else linear.
-        init: `random`, or `least_squares`: linear and orthogonal projectors start at the
-            closed-form optimum of one calibration batch.
+        init: `random`, or `least_squares`: projectors start at the closed-form optimum of one
+            calibration batch. By default that, for `linear` and `orthogonal` ones, where the batch
+            has twice as many rows as the student has features.
         normalize: What both sides go through before the loss, row by row: `layer` (zero mean, unit
             variance; the residual stream grows with depth), `l2` (unit length), `none`. By default
             `layer`, and `none` for losses that relate rows.
@@ -70,7 +71,7 @@ class HiddenStates(Mapped):
 
     loss: PairLoss = mse
     projector: Callable[[int, int], nn.Module] | None = None
-    init: Literal["random", "least_squares"] = "random"
+    init: Literal["random", "least_squares"] | None = None
     normalize: Normalization | None = None
     rows: RowKind = "supervised"
     items: Items | None = None
@@ -82,7 +83,8 @@ class HiddenStates(Mapped):
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
         super().__post_init__()
-        check_choice("HiddenStates: init", self.init, ("random", "least_squares"))
+        if self.init is not None:
+            check_choice("HiddenStates: init", self.init, ("random", "least_squares"))
         check_function("HiddenStates", "loss", self.loss, "llm_distill")
         if self.projector is not None:
             check_function("HiddenStates", "projector", self.projector, "llm_distill.projectors")
@@ -120,10 +122,15 @@ class HiddenStates(Mapped):
 
     def survey(self, student: ModelSpec, teacher: ModelSpec) -> tuple[Request, Request]:
         """The mapped layers, where projectors are fitted."""
-        if self.init == "random":
+        if not self._fits(student, teacher):
             return Request(), Request()
         mapping = self.mapping(student, teacher)
         return Request(hidden=mapping.student_layers), Request(hidden=mapping.teacher_layers)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the user asked for projectors that are fitted."""
+        return self.init is not None
 
     def build(
         self, student: ModelSpec, teacher: ModelSpec, evidence: Evidence | None = None
@@ -142,8 +149,8 @@ class HiddenStates(Mapped):
             gated=self.gate,
             start=self._start(mapping, student, teacher),
         )
-        if self.init == "least_squares":
-            term.fit(evidence)
+        if self._fits(student, teacher):
+            term.fit(evidence, asked=self.init is not None)
         return term
 
     def describe(self) -> str:
@@ -185,6 +192,13 @@ class HiddenStates(Mapped):
                 "projector: linear"
             )
         return Blockwise(mapping, student.width, teacher.width), self.blockwise
+
+    def _fits(self, student: ModelSpec, teacher: ModelSpec) -> bool:
+        """Whether projectors start at their optimum."""
+        if self.init is not None:
+            return self.init == "least_squares"
+        made = self.projector or self._projector(student.width == teacher.width)
+        return made in (projectors.linear, projectors.orthogonal)
 
     def _projector(self, same: bool) -> Callable[[int, int], nn.Module]:  # noqa: FBT001  private
         """The projector that nobody named."""

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 Normalization = Literal["none", "layer", "l2"]
 
+ENOUGH = 2
+"""Rows per feature of the student below which a fit says little of other rows."""
+
 ANCHOR = 0.1
 """Weight of the divergence of learned shares from where they started: without it they slide to the
 layer that is easiest, not to the one that teaches most."""
@@ -151,14 +154,28 @@ class HiddenStatesTerm(Term):
         if self.gate is not None and observed is not None:
             self.gate.after_step(observed, progress)
 
-    def fit(self, evidence: Evidence | None) -> None:
-        """Start every projector at its closed-form optimum."""
+    def fit(self, evidence: Evidence | None, *, asked: bool) -> None:
+        """Start every projector at its closed-form optimum.
+
+        Args:
+            evidence: None: later.
+            asked: Whether the user did; else too few rows leave projectors as they are.
+
+        Raises:
+            ValueError: For a projector without one, or no rows, where that was asked for.
+        """
         if evidence is None:
             for projector in self.projectors:
                 projectors.checked_fit(projector)
             self.notes = (*self.notes, "projectors: least squares, decided at calibration")
             return
         picked = pick(evidence.batch, self.choice)
+        first = evidence.student.hidden(self.mapping.rows[0].student, picked.rows)
+        rows, width = picked.gather(first).shape
+        if not asked and rows < ENOUGH * width:
+            few = f"{rows} rows at calibration are too few for {width} features"
+            self.notes = (*self.notes, f"projectors: random, {few}")
+            return
         check_evidence(len(picked.rows), "HiddenStates")
         for place, (row, projector) in enumerate(
             zip(self.mapping.rows, self.projectors, strict=True)

@@ -22,11 +22,11 @@ STEP = Step(0.0, torch.ones(1))
 EXPLICIT = partial(layer_maps.explicit, pairs=[[0, 1], [1, 2], [2, 2], [2, 4]])
 
 
-def batch(plan: QueryPlan | None = None, *, empty: tuple[int, ...] = ()) -> Batch:
-    """Four sequences of different lengths, padded on the left."""
+def batch(plan: QueryPlan | None = None, *, empty: tuple[int, ...] = (), count: int = 4) -> Batch:
+    """Some sequences of different lengths, padded on the left."""
     collate = RowCollator(Collator(pad_token_id=0, padding_side="left"), shift=True, valid=True)
-    data = tiny.rows(4, empty=empty)
-    return make_batch(collate([data[k] for k in range(4)]), plan, seed=0, epoch=0)
+    data = tiny.rows(count, empty=empty)
+    return make_batch(collate([data[k] for k in range(count)]), plan, seed=0, epoch=0)
 
 
 def specs(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[ModelSpec, ModelSpec]:

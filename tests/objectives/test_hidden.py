@@ -1,5 +1,6 @@
 """Hidden states, by hand from what the whole models say."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from llm_distill.losses import nst, pkt
 from llm_distill.objectives.states import HiddenStatesTerm
 from llm_distill.picks import Pick
 from llm_distill.rows import RowKind
-from llm_distill.signals import Request
+from llm_distill.signals import ModelSpec, Request
 from tests.objectives.compare import EXPLICIT, batch, evidence, specs, states, value
 
 
@@ -119,6 +120,26 @@ class TestHiddenStates:
         target = F.normalize(states(teacher, given, "supervised")[4], dim=-1)
         assert (projected - target).norm() < 0.5 * target.norm()
 
+    def test_by_default_too_few_rows_leave_them_random(
+        self, student: PreTrainedModel, teacher: PreTrainedModel
+    ) -> None:
+        """As many features as 32 need 64 rows; asked for by name they are fitted to fewer."""
+        for count, fitted in ((3, False), (12, True)):
+            given = batch(count=count)
+            objective = HiddenStates(layers=layer_maps.last, rows="valid")
+            shown = evidence(objective, student, teacher, given)
+            term = objective.build(*specs(student, teacher), shown)
+            rows = len(given.rows("valid").index)
+            expected = (
+                f"least squares on {rows} rows leaves"
+                if fitted
+                else f"projectors: random, {rows} rows at calibration are too few for 32 features"
+            )
+            assert (rows >= 64) == fitted
+            assert expected in term.notes[-1]
+            asked = replace(objective, init="least_squares").build(*specs(student, teacher), shown)
+            assert f"least squares on {rows} rows" in asked.notes[-1]
+
     def test_least_squares_are_the_same_again(
         self, student: PreTrainedModel, teacher: PreTrainedModel
     ) -> None:
@@ -131,12 +152,19 @@ class TestHiddenStates:
     def test_what_is_decided_later_says_so(
         self, student: PreTrainedModel, teacher: PreTrainedModel
     ) -> None:
-        objective = HiddenStates(init="least_squares")
-        assert objective.survey(*specs(student, teacher)) == (
-            Request(hidden=frozenset({1, 2})),
-            Request(hidden=frozenset({2, 4})),
-        )
-        assert HiddenStates().survey(*specs(student, teacher)) == (Request(), Request())
+        mapped = Request(hidden=frozenset({1, 2})), Request(hidden=frozenset({2, 4}))
+        for objective, expected in (
+            (HiddenStates(), mapped),
+            (HiddenStates(init="least_squares"), mapped),
+            (HiddenStates(projector=projectors.orthogonal), mapped),
+            (HiddenStates(init="random"), (Request(), Request())),
+            (HiddenStates(projector=projectors.mlp), (Request(), Request())),
+            (HiddenStates(loss=pkt), (Request(), Request())),
+        ):
+            assert objective.survey(*specs(student, teacher)) == expected
+        same = ModelSpec.of(teacher.config, "teacher")
+        assert HiddenStates().survey(same, same) == (Request(), Request())
+        objective = HiddenStates()
         term = objective.build(*specs(student, teacher))
         assert term.notes[-1] == "projectors: least squares, decided at calibration"
         assert "student layer | teacher layer" in term.notes[0]

@@ -8,7 +8,7 @@ import time
 from contextlib import redirect_stdout
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, TrainingArguments
@@ -156,16 +156,26 @@ class Bench:
         """Of a job."""
         if job.mode == "race":
             strategy = partial(auto_race, weights=self.settings.weights, share=self.settings.share)
-            return [Logits(), HiddenStates(layers=strategy, weight=_constant(1.0), gate=False)]
+            hint = HiddenStates(layers=strategy, weight=_constant(1.0), gate=False, init=self._init)
+            return [Logits(), hint]
         if job.mode == "shipped":
             return [Logits(), HiddenStates(layers=auto, weight=job.weight)]
         if job.mapping is None:
             return [Logits()]
         mapping = self.mapping(job.mapping)
         hint = HiddenStates(
-            layers=mapping, weight=_constant(job.weight), gate=False, blockwise=job.blockwise
+            layers=mapping,
+            weight=_constant(job.weight),
+            gate=False,
+            blockwise=job.blockwise,
+            init=self._init,
         )
         return [Logits(), hint]
+
+    @property
+    def _init(self) -> Literal["random", "least_squares"] | None:
+        """Of projectors; identities have none."""
+        return None if self.pair.student.width == self.pair.teacher.width else self.settings.init
 
     def mapping(self, rows: Rows) -> LayerMap:
         """A map of this pair."""

@@ -114,6 +114,7 @@ class Settings:
         maps: Random maps whose score is compared with what they come to.
         share: Of the steps, that a race may take: a race of a short training needs most of it.
         blockwise: Share of the training in which blocks learn alone, where they do.
+        init: Of the projectors, where widths differ.
     """
 
     pairs: tuple[tuple[str, Pair], ...] = tuple(PAIRS.items())
@@ -130,6 +131,7 @@ class Settings:
     maps: int = 20
     share: float = 0.99
     blockwise: float = 1 / 3
+    init: Literal["random", "least_squares"] = "least_squares"
 
     def pair(self, name: str) -> Pair:
         """By its letter."""
