@@ -15,7 +15,6 @@ from llm_distill.layers import (
     asks,
     auto,
     decide,
-    opened,
     race_settings,
     uniform,
 )
@@ -53,23 +52,12 @@ def known(
             the strategy asks from which layers.
     """
     # What waits for data is decided once on layers that are all alike, to refuse bad settings now.
-    alike = replace(_alike(student, teacher), open_end=open_end(objectives, student))
-    tried = settled(objectives, student, teacher, alike)
-    early = {"blocks", "open_end"}
+    tried = settled(objectives, student, teacher, _alike(student, teacher))
+    early = {"blocks"}
     return tuple(
-        made if isinstance(objective, Mapped) and objective.undecided <= early else objective
+        made if isinstance(objective, Mapped) and objective.undecided == early else objective
         for objective, made in zip(objectives, tried, strict=True)
     )
-
-
-def open_end(objectives: Sequence[Objective], student: ModelSpec) -> bool:
-    """Whether hidden states leave the student's last layer to other objectives.
-
-    Those of a student that starts from random weights do, where something else trains it: matched
-    there, it is held back from finding its own way to the head (`scripts/bench/MAPPING.md`). Of a
-    student that was cut from its teacher the head already fits.
-    """
-    return student.fresh and any(not isinstance(objective, Mapped) for objective in objectives)
 
 
 def _alike(student: ModelSpec, teacher: ModelSpec) -> LayerEvidence:
@@ -165,11 +153,9 @@ def _decided(
     depths = student.depth, teacher.depth
     strategy = objective.layers
     plain = strategy.func if isinstance(strategy, partial) else strategy
-    evidence = replace(evidence, open_end=evidence.open_end and isinstance(objective, HiddenStates))
     if plain is auto and evidence.similarity is None:
         origin = "auto: too few training data to compare layers, so uniform"
-        even = replace(uniform(*depths), origin=origin)
-        return objective.with_map(opened(even) if evidence.open_end else even)
+        return objective.with_map(replace(uniform(*depths), origin=origin))
     try:
         return objective.with_map(decide(strategy, *depths, evidence))
     except ValueError as error:

@@ -73,8 +73,7 @@ def survey(
         Similarities; None where nobody asks for them, or the data are too few to tell.
     """
     asked = mapping.requests(run.objectives, run.student, run.teacher.spec)
-    open_end = mapping.open_end(run.objectives, run.student)
-    told = LayerEvidence(blocks=run.student.blocks, open_end=open_end)
+    told = LayerEvidence(blocks=run.student.blocks)
     if asked == (Request(), Request()) or run.kwargs.get("train_dataset") is None:
         return told
     batches = list(_batches(run, args, crossed=asked[0] != Request()))

@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_distill import AttentionMaps, CrossEntropy, DistillTrainer, HiddenStates, Logits, schedules
+from llm_distill import CrossEntropy, DistillTrainer, HiddenStates, Logits, schedules
 from llm_distill import layers as layer_maps
 from llm_distill.errors import InputError
 from llm_distill.layers import LayerEvidence, LayerMap, Similarity
-from llm_distill.mapping import FADED, fading, known, open_end, requests, settled, undecided
-from llm_distill.objectives import Mapped
+from llm_distill.mapping import FADED, fading, known, requests, settled, undecided
 from llm_distill.objectives.contrastive import Contrastive
 from llm_distill.objectives.relations import Relations
 from llm_distill.objectives.states import HiddenStatesTerm
@@ -99,34 +98,6 @@ class TestSettled:
         assert found.origin.startswith("auto")
         assert (last, logits) == tuple(objectives[1:])
 
-    @pytest.mark.parametrize(
-        ("objectives", "evidence", "expected"),
-        [
-            ([hints(layer_maps.auto), Logits()], LayerEvidence(BLOCKS, open_end=True), ((1, 3),)),
-            ([hints(layer_maps.auto), Logits()], LayerEvidence(open_end=True), ((1, 2),)),
-            (
-                [AttentionMaps(), Logits()],
-                LayerEvidence(BLOCKS, open_end=True),
-                ((1, 3), (2, 4)),
-            ),
-            (
-                [hints(partial(layer_maps.auto, open_end=False)), Logits()],
-                LayerEvidence(BLOCKS, open_end=True),
-                ((1, 3), (2, 4)),
-            ),
-            (
-                [hints(partial(layer_maps.coverage, open_end=True)), Logits()],
-                LayerEvidence(BLOCKS),
-                ((1, 3),),
-            ),
-        ],
-    )
-    def test_hidden_states_may_leave_the_last_layer_to_the_logits(
-        self, objectives: Any, evidence: LayerEvidence, expected: Any
-    ) -> None:
-        found = settled(objectives, *SPECS, evidence)[0]
-        assert cast("Mapped", found).mapping(*SPECS).pairs == expected
-
     def test_a_race_waits(self) -> None:
         objectives = (hints(layer_maps.auto_race),)
         assert settled(objectives, *SPECS, LayerEvidence(similarity=BLOCKS)) == objectives
@@ -145,37 +116,6 @@ class TestSettled:
     def test_what_was_asked_for_by_name_is_not_replaced(self, strategy: Any) -> None:
         with pytest.raises(InputError, match=r"HiddenStates: layers: .* that was not measured"):
             settled([hints(strategy)], *SPECS, LayerEvidence())
-
-
-class TestOpenEnd:
-    FRESH = replace(STUDENT, fresh=True)
-
-    @pytest.mark.parametrize(
-        ("objectives", "student", "expected"),
-        [
-            ([HiddenStates(), Logits()], FRESH, True),
-            ([HiddenStates(), CrossEntropy()], FRESH, True),
-            ([HiddenStates(), AttentionMaps()], FRESH, False),  # nothing else trains the head
-            ([HiddenStates(), Logits()], STUDENT, False),
-            ([HiddenStates(), Logits()], CUT, False),
-        ],
-    )
-    def test_of_random_students_whose_head_is_trained(
-        self, objectives: Any, student: Any, expected: bool
-    ) -> None:
-        assert open_end(objectives, student) is expected
-
-    def test_a_strategy_that_asks_for_nothing_else_is_known_at_once(self) -> None:
-        def ours(student: int, teacher: int, *, open_end: bool | None = None) -> LayerMap:
-            return (
-                layer_maps.skip(student, teacher) if open_end else layer_maps.last(student, teacher)
-            )
-
-        (fresh, _), (cut, _) = (
-            known([hints(ours), Logits()], student, TEACHER) for student in (self.FRESH, CUT)
-        )
-        assert cast("HiddenStates", fresh).mapping(*SPECS).pairs == ((1, 2),)
-        assert cast("HiddenStates", cut).mapping(*SPECS).pairs == ((2, 4),)
 
 
 class TestFading:
@@ -265,7 +205,6 @@ class TestInATraining:
         fresh = FromConfig("llama", {"hidden_size": 32, "num_hidden_layers": 2} | HEADS)
         built = trainer(tmp_path, layer_maps.auto, student=fresh, max_steps=10, save_strategy="no")
         built.train()
-        assert [student for student, _ in term_of(built).mapping.pairs] == [1]  # an open end
         weights = [e["weight/HiddenStates"] for e in built.state.log_history if "loss" in e]
         expected = [max(0.0, 1 - k / 10 / FADED) for k in range(10)]
         assert weights == pytest.approx(expected, abs=1e-6)

@@ -22,7 +22,6 @@ from llm_distill.layers.refresh import refreshed as refreshed
 from llm_distill.layers.refresh import stays as stays
 from llm_distill.layers.segments import arc_length, auto, coverage, segmentation
 from llm_distill.layers.segments import covered as covered
-from llm_distill.layers.segments import opened as opened
 from llm_distill.layers.segments import score as score
 from llm_distill.layers.similarity import Similarities as Similarities
 from llm_distill.layers.similarity import Similarity as Similarity

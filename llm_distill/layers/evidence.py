@@ -21,7 +21,6 @@ ASKED = {
     "calibration does, on sets of training data; write uniform, or a map of your own",
     "blocks": "the teacher blocks that the student was cut from, and this student was not cut from "
     "its teacher; write FromTeacher as the student, give blocks: [1, …], or write auto",
-    "open_end": "what the student starts from",
     "epoch": "the epoch",
     "race": "the winner of a race, and none was run: a race decides it when training starts; where "
     "there is none, write auto",
@@ -37,13 +36,11 @@ class LayerEvidence:
         similarity: Teacher layers with teacher layers, `[Lt + 1, Lt + 1]`.
         cross: Student layers with teacher layers, `[Ls + 1, Lt + 1]`.
         blocks: The teacher block, 1..Lt, that each student block was copied from.
-        open_end: Whether the student's last layer is left to the logits.
     """
 
     similarity: Similarity | None = None
     cross: Similarity | None = None
     blocks: Sequence[int] | None = None
-    open_end: bool = False
 
 
 def asks(strategy: LayerStrategy) -> frozenset[str]:
@@ -72,7 +69,6 @@ def decide(
         "similarity": evidence.similarity,
         "cross": evidence.cross,
         "blocks": evidence.blocks,
-        "open_end": evidence.open_end,
     }
     told = {
         name: given(value, _name_of(strategy), name)

@@ -49,7 +49,6 @@ def coverage(
     teacher_depth: int,
     *,
     similarity: Similarity | None = None,
-    open_end: bool | None = None,
 ) -> LayerMap:
     """Targets that stand for the whole teacher: every block is close to one of them.
 
@@ -64,8 +63,6 @@ def coverage(
         student_depth: Blocks of the student.
         teacher_depth: Blocks of the teacher.
         similarity: C, of teacher layers with teacher layers; measured at calibration.
-        open_end: Leave the student's last layer to the logits (`opened`); None: decided by what the
-            student starts from, and False where nobody decides.
 
     Raises:
         ValueError: If there is no similarity, or it has another depth.
@@ -80,8 +77,7 @@ def coverage(
     """
     similarity = given(similarity, "coverage", "similarity")
     gain = _covered(figures(similarity, teacher_depth, teacher_depth, "similarity"))
-    found = _cut(student_depth, teacher_depth, gain, "coverage", "the nearer target")
-    return opened(found) if open_end else found
+    return _cut(student_depth, teacher_depth, gain, "coverage", "the nearer target")
 
 
 def arc_length(
@@ -119,19 +115,14 @@ def auto(
     teacher_depth: int,
     *,
     similarity: Similarity | None = None,
-    open_end: bool | None = None,
     most: int = 8,
 ) -> LayerMap:
     """`coverage`, of which at most so many rows, evenly by the teacher's arc length, stay.
-
-    Hidden states of a student that starts from random weights, and has logits or labels to learn
-    from as well, leave its last layer to those: it has to find its own way to the head.
 
     Args:
         student_depth: Blocks of the student.
         teacher_depth: Blocks of the teacher.
         similarity: Of teacher layers with teacher layers; measured at calibration.
-        open_end: Leave the student's last layer to the logits; None: as above.
         most: Rows; the last one is always among them.
 
     Raises:
@@ -145,7 +136,7 @@ def auto(
     if most < 1:
         raise ValueError(f"layers: auto asks for at most {most} rows; write a number >= 1")
     similarity = given(similarity, "auto", "similarity")
-    whole = coverage(student_depth, teacher_depth, similarity=similarity, open_end=open_end)
+    whole = coverage(student_depth, teacher_depth, similarity=similarity)
     found = replace(whole, origin=f"auto: {whole.origin}")
     if len(whole.rows) <= most:
         return found
@@ -153,19 +144,6 @@ def auto(
     chosen = spaced([arc[t] for _, t in whole.pairs], most)
     origin = f"{found.origin}, {most} of {len(whole.rows)} rows by teacher arc length"
     return replace(found, rows=tuple(whole.rows[k] for k in chosen), origin=origin)
-
-
-def opened(layer_map: LayerMap) -> LayerMap:
-    """The map without rows of the student's last layer, unless it has no other.
-
-    >>> opened(uniform(3, 6)).pairs, opened(uniform(1, 6)).pairs
-    (((1, 2), (2, 4)), ((1, 6),))
-    """
-    rows = tuple(row for row in layer_map.rows if row.student < layer_map.student_depth)
-    if not rows or len(rows) == len(layer_map.rows):
-        return layer_map
-    origin = f"{layer_map.origin}, the last layer left to the logits"
-    return replace(layer_map, rows=rows, origin=origin)
 
 
 def score(layer_map: LayerMap, similarity: Similarity) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import Progress
 
-from llm_distill import binding, mapping, surveying
+from llm_distill import binding, surveying
 from llm_distill.balance.base import settle
 from llm_distill.errors import InputError
 from llm_distill.layers import LayerEvidence
-from llm_distill.objectives import HiddenStates
 from llm_distill.race import keeping
 from llm_distill.race.candidates import (
     can_start_alone,
@@ -54,10 +52,7 @@ def check(run: Run, args: TrainingArguments, balance: BalanceRule | None = None)
         return
     refuse(run, args)
     check_size(run.kwargs.get("train_dataset"))
-    known = LayerEvidence(
-        blocks=run.student.blocks, open_end=mapping.open_end(run.objectives, run.student)
-    )
-    arms, waiting = _arms(run, settings, known, args, balance)
+    arms, waiting = _arms(run, settings, LayerEvidence(blocks=run.student.blocks), args, balance)
     _budget(arms, waiting, settings, total_steps(run, args))
 
 
@@ -136,9 +131,6 @@ def _arms(
         settle(balance, terms, run.student.depth)
 
     depths = run.student.depth, run.teacher.spec.depth
-    racing = [objective for objective in run.objectives if races(objective)]
-    hidden = all(isinstance(objective, HiddenStates) for objective in racing)
-    evidence = replace(evidence, open_end=evidence.open_end and hidden)
     proposed = proposals(settings, depths, evidence, seen=seen)
     arms = candidates(
         proposed,

@@ -15,10 +15,10 @@ ALL = LayerEvidence(SIMILARITY, CROSS, (1, 4, 6))
 
 ASKS: dict[str, set[str]] = {
     "arc_length": {"similarity"},
-    "auto": {"open_end", "similarity"},
+    "auto": {"similarity"},
     "auto_race": {"race"},
     "cka": {"cross", "similarity"},
-    "coverage": {"open_end", "similarity"},
+    "coverage": {"similarity"},
     "explicit": set(),
     "first": set(),
     "last": set(),

@@ -36,7 +36,7 @@ class TestMapped:
     @pytest.mark.parametrize(
         ("strategy", "asked"),
         [
-            (layer_maps.auto, {"similarity", "open_end"}),
+            (layer_maps.auto, {"similarity"}),
             (layer_maps.segmentation, {"similarity"}),
             (layer_maps.cka, {"similarity", "cross"}),
             (layer_maps.transport, {"cross"}),
@@ -45,8 +45,7 @@ class TestMapped:
             (layer_maps.uniform, set()),
             (layer_maps.learned, set()),
             (layer_maps.random, set()),  # its epoch comes as the training goes
-            (partial(layer_maps.auto, similarity=SAME), {"open_end"}),
-            (partial(layer_maps.auto, similarity=SAME, open_end=False), set()),
+            (partial(layer_maps.auto, similarity=SAME), set()),
             (layer_maps.uniform(2, 4), set()),
         ],
     )
