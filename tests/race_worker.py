@@ -21,11 +21,9 @@ def main(folder: Path) -> None:
     """One race, a step of training, and what every rank came to."""
     from llm_distill import DistillTrainer, HiddenStates, Logits
     from llm_distill.layers import auto_race
-    from llm_distill.race import halving
     from llm_distill.race.heats import Heats
 
     torch.set_num_threads(1)
-    halving.SHORTEST = 1
     told: list[Any] = []
     measure = Heats.measure
 
@@ -36,7 +34,7 @@ def main(folder: Path) -> None:
     Heats.measure = noted  # type: ignore[method-assign]  # to look
     args = tiny.arguments(folder / "out", max_steps=40)
     args.per_device_train_batch_size = 8 // args.world_size
-    race = partial(auto_race, share=0.9, weights=(1.0,))
+    race = partial(auto_race, share=0.9, weights=(1.0,), shortest=1)
     trainer = DistillTrainer(
         tiny.llama("student"),
         tiny.llama("teacher"),

@@ -11,7 +11,7 @@ from llm_distill.layers import auto_race
 from llm_distill.students import FromTeacher
 from tests import on_disk, tiny
 
-RACE = partial(auto_race, share=0.9, weights=(1.0,))
+RACE = partial(auto_race, share=0.9, weights=(1.0,), shortest=1)
 OBJECTIVES = Logits(), HiddenStates(layers=RACE)
 
 

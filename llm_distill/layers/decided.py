@@ -9,6 +9,10 @@ from functools import partial
 from llm_distill.layers.evidence import given
 from llm_distill.layers.map import LayerMap, LayerStrategy, Row
 
+SHORTEST = 15
+"""Steps of the shortest training of a race, so that those of the last round have 60: with 24, it
+took no hint in 8 of 8 races where one was worth 14 % (`scripts/bench/MAPPING.md`, b)."""
+
 NARROWEST = 0.05
 """Of an order prior: below it shares at the far end are too small for a float."""
 
@@ -96,6 +100,8 @@ class RaceSettings:
         weights: Hint weights, each tried with each map.
         share: Of the training's steps that the race may take, a fraction in (0, 1).
         also: Strategies or maps to race beside the usual ones.
+        shortest: Steps of a training of the first round at least, >= 1; those of the last round
+            are four times as long.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -104,6 +110,7 @@ class RaceSettings:
     weights: tuple[float, ...] = (1.0, 3.0, 10.0)
     share: float = 0.04
     also: tuple[LayerStrategy, ...] = ()
+    shortest: int = SHORTEST
 
     def __post_init__(self) -> None:
         """Refuse what no race can run on."""
@@ -117,6 +124,11 @@ class RaceSettings:
                 f"layers: auto_race has share {self.share}; write a fraction of the steps in "
                 "(0, 1), as 0.04"
             )
+        if self.shortest < 1:
+            raise ValueError(
+                f"layers: auto_race has shortest {self.shortest}; write a number of steps from 1 "
+                f"on, as {SHORTEST}"
+            )
 
 
 def auto_race(
@@ -127,6 +139,7 @@ def auto_race(
     weights: Sequence[float] = (1.0, 3.0, 10.0),
     share: float = 0.04,
     also: Sequence[LayerStrategy] = (),
+    shortest: int = SHORTEST,
 ) -> LayerMap:
     """The map that wins a race of short trainings, on held-out KL to the teacher.
 
@@ -139,6 +152,8 @@ def auto_race(
         weights: Hint weights, each tried with each map: they matter as much as the map.
         share: Of the training's steps that the race may take, a fraction in (0, 1).
         also: Strategies or maps to race beside the usual ones.
+        shortest: Steps of a training of the first round at least; those of the last are four times
+            as long.
 
     Raises:
         ValueError: If no race was run, the winner is for other depths, or a setting is out of
@@ -146,7 +161,7 @@ def auto_race(
 
     Source: ours; successive halving is that of Jamieson and Talwalkar 2015, arXiv 1502.07943.
     """
-    RaceSettings(tuple(weights), share, tuple(also))
+    RaceSettings(tuple(weights), share, tuple(also), shortest)
     return given(race, "auto_race", "race")(student_depth, teacher_depth)
 
 
@@ -163,4 +178,5 @@ def race_settings(strategy: LayerStrategy) -> RaceSettings | None:
     if function is not auto_race:
         return None
     settings = {name: p.default for name, p in inspect.signature(strategy).parameters.items()}
-    return RaceSettings(tuple(settings["weights"]), settings["share"], tuple(settings["also"]))
+    also = tuple(settings["also"])
+    return RaceSettings(tuple(settings["weights"]), settings["share"], also, settings["shortest"])

@@ -15,6 +15,7 @@ CERTAIN = 2.0
 def looks(strategy: LayerStrategy) -> int:
     """Steps between two looks at the student that a strategy asks for by `refresh`; 0: none.
 
+    >>> from functools import partial
     >>> from llm_distill.layers import cka, uniform
     >>> looks(partial(cka, refresh=50)), looks(cka), looks(uniform)
     (50, 0, 0)
@@ -26,6 +27,7 @@ def looks(strategy: LayerStrategy) -> int:
 def stays(strategy: LayerStrategy) -> bool:
     """Whether a map is the same for the whole training.
 
+    >>> from functools import partial
     >>> from llm_distill.layers import cka, random
     >>> stays(cka), stays(partial(cka, refresh=50)), stays(random)
     (True, False, False)

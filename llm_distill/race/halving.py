@@ -11,9 +11,6 @@ from llm_distill.layers import LayerMap
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-SHORTEST = 5
-"""Steps of a training of the first round, below which a race says nothing."""
-
 KEPT = 2
 """Candidates that go on to the next round, no hint not among them."""
 
@@ -73,11 +70,13 @@ class Size:
         hints: Candidates with a map.
         weights: That the best maps are tried with.
         none: Whether no hint at all takes part.
+        shortest: Steps of a training of the first round, below which a race says nothing.
     """
 
     hints: int
     weights: int
     none: bool = True
+    shortest: int = 15
 
     @property
     def trainings(self) -> tuple[int, int, int]:
@@ -94,9 +93,9 @@ class Size:
         """Steps of the shortest race.
 
         >>> Size(5, 3).least
-        160
+        480
         """
-        return SHORTEST * self._shares
+        return self.shortest * self._shares
 
     def lengths(self, budget: int) -> tuple[int, int, int]:
         """Steps of one training in each round, as long as the budget allows.

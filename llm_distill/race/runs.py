@@ -155,7 +155,8 @@ def _budget(arms: Sequence[Arm], waiting: int, settings: RaceSettings, total: in
         InputError: If that is too few to say anything.
     """
     hints = sum(arm.mapping is not None for arm in arms) + waiting
-    size = Size(hints, len(settings.weights), none=any(arm.mapping is None for arm in arms))
+    none = any(arm.mapping is None for arm in arms)
+    size = Size(hints, len(settings.weights), none, settings.shortest)
     budget = math.floor(settings.share * total + 1e-6)
     if budget >= size.least:
         return budget

@@ -193,7 +193,9 @@ def test_a_race_that_no_hint_wins_is_told(
         return 0.25 if arm.mapping is None else 0.5
 
     monkeypatch.setattr(Heats, "measure", measure)
-    race = {"HiddenStates": {"layers": {"auto_race": {"share": 0.99, "weights": [1]}}}}
+    race = {
+        "HiddenStates": {"layers": {"auto_race": {"share": 0.99, "weights": [1], "shortest": 5}}}
+    }
     data = {"path": str(on_disk.save_data(tmp_path / "more.jsonl", rows=40)), "max_length": 32}
     ended = cli("run", "--training.max_steps", "120", objectives=["Logits", race], data=data)
     assert ended.code == 0, ended.err

@@ -88,7 +88,7 @@ class TestRace:
             auto_race(3, 12, race=winner)
 
     def test_its_settings_are_carried(self) -> None:
-        assert race_settings(auto_race) == RaceSettings((1.0, 3.0, 10.0), 0.04, ())
+        assert race_settings(auto_race) == RaceSettings((1.0, 3.0, 10.0), 0.04, (), 15)
         mine = uniform(3, 9)
         bound = partial(auto_race, weights=[2.0], share=0.1, also=[mine, last])
         assert race_settings(bound) == RaceSettings((2.0,), 0.1, (mine, last))
@@ -99,6 +99,7 @@ class TestRace:
     @pytest.mark.parametrize(
         ("strategy", "message"),
         [
+            (partial(auto_race, shortest=0), r"has shortest 0; write a number of steps from 1 on"),
             (partial(auto_race, weights=[]), r"weights \[\]; write numbers > 0, as \[1, 3, 10\]"),
             (partial(auto_race, weights=[1.0, 0.0]), r"weights \[1.0, 0.0\]; .*arm without a hint"),
             (partial(auto_race, weights=[float("nan")]), r"weights \[nan\]"),

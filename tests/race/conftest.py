@@ -2,15 +2,8 @@
 
 import pytest
 
-from llm_distill.race import halving
 from llm_distill.race.halving import Arm
 from llm_distill.race.heats import Heats
-
-
-@pytest.fixture(autouse=True)
-def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One step is enough for a training of the first round."""
-    monkeypatch.setattr(halving, "SHORTEST", 1)
 
 
 @pytest.fixture

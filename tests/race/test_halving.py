@@ -9,7 +9,6 @@ from itertools import product
 import pytest
 
 from llm_distill.layers import last, uniform
-from llm_distill.race import halving
 from llm_distill.race.halving import Arm, Result, Size, race, table
 
 NONE = Arm("none", None)
@@ -55,8 +54,8 @@ class TestSize:
 
     def test_the_shortest_race_trains_long_enough(self) -> None:
         size = Size(6, 3)
-        assert size.lengths(size.least)[0] == halving.SHORTEST
-        assert size.lengths(size.least - 1)[0] < halving.SHORTEST
+        assert size.lengths(size.least)[0] == size.shortest == 15
+        assert size.lengths(size.least - 1)[0] < size.shortest
 
 
 class TestRace:

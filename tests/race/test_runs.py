@@ -14,7 +14,6 @@ from llm_distill import layers as strategies
 from llm_distill.balance import normalised
 from llm_distill.errors import InputError
 from llm_distill.layers import auto_race, reverse
-from llm_distill.race import halving
 from llm_distill.teachers import Local
 from tests import tiny
 from tests.racing import RACE, deep, equal, named, trainer, weights
@@ -41,20 +40,21 @@ class TestRefusedBeforeTheTeacherLoads:
         with pytest.raises(InputError, match=message):
             trainer(folder, Logits(), HiddenStates(layers=layers), **named(folder), **given)
 
-    def test_too_few_steps(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(halving, "SHORTEST", 5)
+    def test_too_few_steps(self, tmp_path: Path) -> None:
         self.refused(
             tmp_path,
-            r"share 0.9 of 40 steps are 36, and a race of 5 maps with 1 weights takes at least 120;"
-            " train 134 steps, write fewer weights, or auto",
+            layers=partial(RACE, shortest=5),
+            message="share 0.9 of 40 steps are 36, and a race of 5 maps with 1 weights takes at "
+            "least 120; train 134 steps, write fewer weights, or auto",
         )
-        message = r"share 0.04 of 1000 steps are 40, .* at least 160; write share: 0.16, train"
+        message = r"share 0.04 of 1000 steps are 40, .* at least 480; write share: 0.48, train"
         self.refused(tmp_path, message, layers=auto_race, max_steps=1000)
 
     def test_the_share_it_names_is_enough(self, tmp_path: Path) -> None:
         """32 steps of 40: nothing is refused before the teacher is read."""
+        layers = partial(auto_race, share=0.8, shortest=1)
         with pytest.raises(AssertionError, match="was loaded"):
-            self.refused(tmp_path, "nothing", layers=partial(auto_race, share=0.8), max_steps=40)
+            self.refused(tmp_path, "nothing", layers=layers, max_steps=40)
 
     def test_settings(self, tmp_path: Path) -> None:
         self.refused(tmp_path, "has share 3", layers=partial(auto_race, share=3))

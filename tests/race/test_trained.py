@@ -70,7 +70,7 @@ class TestTrained:
             other,
             reverse,
         ]
-        race = partial(auto_race, share=0.9, weights=(0.5,), also=also)
+        race = partial(auto_race, share=0.9, weights=(0.5,), also=also, shortest=1)
         objectives = HiddenStates(layers=race), Logits(), AttentionMaps(layers=race)
         told = trainer(tmp_path / "out", *objectives).run.told
         names = "\n".join(told)

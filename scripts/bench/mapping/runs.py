@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 WARMUP_STEPS = 0.1
 
+SHORTEST = 5
+"""Steps of a race's shortest training: one of the usual length would not fit into 200."""
+
 
 def do(job: Job, settings: Settings, text: str | None, work: str) -> Line:
     """A job from its settings to its line, on one core.
@@ -155,7 +158,8 @@ class Bench:
     def _objectives(self, job: Job) -> list[Objective]:
         """Of a job."""
         if job.mode == "race":
-            strategy = partial(auto_race, weights=self.settings.weights, share=self.settings.share)
+            s = self.settings
+            strategy = partial(auto_race, weights=s.weights, share=s.share, shortest=SHORTEST)
             hint = HiddenStates(layers=strategy, weight=_constant(1.0), gate=False, init=self._init)
             return [Logits(), hint]
         if job.mode == "shipped":
