@@ -84,8 +84,8 @@ class DistillTrainer(StepTrainer):
         chunk = binding.checked_rows(rows_per_chunk)
         run = prepare_run(model, teacher, objectives, args, trainer_kwargs, adapter=peft_config)
         settle(balance, run.terms, run.student.depth)  # refused before weights load
-        race.check(run, args, balance)
         refreshing.check(run, args)
+        race.check(run, args, balance)
         student: nn.Module = load_student(model, run.teacher)
         if peft_config is not None:
             student = cast(
@@ -130,7 +130,7 @@ class DistillTrainer(StepTrainer):
         self.add_callback(AfterStep(self._ledger))
         if refreshing.follows(asked.objectives):
             given = asked, self.run, self.distiller.student, self._source
-            self.add_callback(refreshing.Refresh(*given, self._announce))
+            self.add_callback(refreshing.Refresh(*given, self._show))
 
     @property
     def _ranks(self) -> int:
@@ -159,7 +159,12 @@ class DistillTrainer(StepTrainer):
 
     def _announce(self, *lines: str) -> None:
         """Show lines on rank 0, unless somebody else tells them."""
-        if lines and self.announces and self.is_world_process_zero():
+        if self.announces:
+            self._show(*lines)
+
+    def _show(self, *lines: str) -> None:
+        """Show lines on rank 0."""
+        if lines and self.is_world_process_zero():
             told = Console(stderr=True, highlight=False)
             told.print("\n".join(lines), markup=False, soft_wrap=True)
 

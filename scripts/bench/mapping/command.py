@@ -37,6 +37,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", type=Path, default=REPORT, help="file of the report")
     parser.add_argument("--quick", action="store_true", help="next to nothing of it, for tests")
     parser.add_argument("--steps", type=_count, help="of one training")
+    start = "of the projectors, where widths differ (default least_squares)"
+    parser.add_argument("--init", choices=("random", "least_squares"), help=start)
 
 
 def execute(options: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -53,6 +55,8 @@ def execute(options: argparse.Namespace, argv: Sequence[str]) -> int:
     settings = Settings(text=texts.digest)
     if options.steps:
         settings = replace(settings, steps=options.steps)
+    if options.init:
+        settings = replace(settings, init=options.init)
     settings = settings.quick() if options.quick else settings
     plans = [
         Plan(

@@ -53,7 +53,8 @@ def _head(settings: Settings, plans: Sequence[Plan], facts: Mapping[str, str]) -
         "",
         f"{s.steps} steps of AdamW with a cosine, {s.batch} sequences of {s.length} bytes each, "
         "trained by `DistillTrainer` with `Logits` and `HiddenStates`; gate and fading off but in "
-        "*auto as shipped*. Figure: KL(teacher || student) on "
+        f"*auto as shipped*; projectors start {s.init.replace('_', ' ')}, where widths differ. "
+        "Figure: KL(teacher || student) on "
         f"{s.held_out} held-out passages, nats per byte that is asked for. Every map has its best "
         f"weight of {weights}, chosen on {s.tuning} seeds; arms are paired: same seed, data order "
         "and first weights. Intervals are 95 % bootstraps, differences over seeds x passages. The "
