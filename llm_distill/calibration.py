@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
+from datasets import IterableDataset as Stream
+from torch.utils.data import IterableDataset as TorchStream
 
 from llm_distill import binding, mapping, race, surveying
 from llm_distill.binding import make_batch
 from llm_distill.capture import Reader
+from llm_distill.data.given import head
 from llm_distill.objectives import Evidence
+from llm_distill.objectives.states import LATER
 from llm_distill.preparation import readable
 from llm_distill.signals import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import nn
     from transformers import TrainingArguments
 
+    from llm_distill.objectives import Objective
     from llm_distill.preparation import Run
     from llm_distill.rows import Batch
     from llm_distill.teachers import Source
 
 CALIBRATION_EXAMPLES = 32
 """Of the training data: what least squares and matched heads are decided on."""
+
+NOTHING = "projectors: random, there are no examples to calibrate on that can be read twice"
+
+PLENTY = 4
+"""Rows per feature of the student beyond which projectors fit no better for more."""
 
 
 def calibrate(
@@ -51,19 +60,27 @@ def calibrate(
     """
     run = _mapped(run, student, source, args, make)
     ours, theirs = binding.survey(run.objectives, run.student, run.teacher.spec)
-    if ours == theirs == Request() or run.kwargs.get("train_dataset") is None:
+    if ours == theirs == Request():
         source.ask(run.teacher_request)
         return run
     source.ask(theirs)
-    batch = _first_batch(run, args)
     student.to(args.device)
     reader = Reader(student, ours, f"student {run.student.name}")
     training = student.training
     student.eval()
     with torch.no_grad():
-        evidence = Evidence(batch, reader.read(batch), source(batch.for_teacher))
+        shown = [
+            Evidence(batch, reader.read(batch), source(batch.for_teacher))
+            for batch in _batches(run, args)
+        ]
     reader.release()
     student.train(training)
+    if not shown:
+        source.ask(run.teacher_request)
+        for term in run.terms.values():
+            term.notes = tuple(NOTHING if note == LATER else note for note in term.notes)
+        return run
+    evidence = replace(shown[0], more=tuple(shown[1:]))
     specs = run.student, run.teacher.spec
     terms = binding.bind(run.objectives, *specs, seed=args.seed, evidence=evidence)
     for term in terms.values():
@@ -92,15 +109,38 @@ def _mapped(
     return replace(run, objectives=objectives, terms=terms, told=(*run.told, *told))
 
 
-def _first_batch(run: Run, args: TrainingArguments) -> Batch:
-    """The first examples of the training data."""
-    dataset = cast("Iterable[Any]", run.kwargs["train_dataset"])
-    examples = itertools.islice(dataset, CALIBRATION_EXAMPLES)
+def _batches(run: Run, args: TrainingArguments) -> Iterator[Batch]:
+    """The first examples of the training data.
+
+    One batch where the user asked for what they decide. Otherwise one example at a time, which fits
+    any memory and collator and is the same for any size of the training's batches, and no more than
+    are needed; none of a stream that may not be read twice.
+    """
+    dataset = cast("Iterable[Any]", run.kwargs.get("train_dataset", ()))
+    asked = any(objective.needs_data for objective in _surveying(run))
+    once = isinstance(dataset, TorchStream) and not isinstance(dataset, Stream)
+    if dataset is None or (once and not asked):
+        return
+    examples = [readable(example, args) for example in head(dataset, CALIBRATION_EXAMPLES)]
+    size = max(len(examples), 1) if asked else 1
+    plan = binding.query_plan(run.terms)
+    rows = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)  # collators may draw
-        collated = run.collator([readable(example, args) for example in examples])
-    plan = binding.query_plan(run.terms)
-    return make_batch(collated, plan, seed=args.seed, epoch=0).to(args.device)
+        for start in range(0, len(examples), size):
+            collated = run.collator(examples[start : start + size])
+            batch = make_batch(collated, plan, seed=args.seed, epoch=0).to(args.device)
+            yield batch
+            rows += len(batch.supervised)
+            if rows >= PLENTY * run.student.width:
+                return
+
+
+def _surveying(run: Run) -> list[Objective]:
+    """The objectives that ask for calibration data."""
+    nothing = Request(), Request()
+    specs = run.student, run.teacher.spec
+    return [objective for objective in run.objectives if objective.survey(*specs) != nothing]
 
 
 def _broadcast(module: nn.Module, device: torch.device) -> None:

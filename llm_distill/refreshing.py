@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from llm_distill import surveying
 from llm_distill.errors import InputError
-from llm_distill.layers import auto_race, decide, looks, refreshed
+from llm_distill.layers import asks, auto_race, decide, looks, refreshed
 from llm_distill.objectives import Mapped, named
 
 if TYPE_CHECKING:
@@ -39,6 +39,12 @@ def check(run: Run, args: TrainingArguments) -> None:
     also = [s for o in raced for s in getattr(o.layers, "keywords", {}).get("also", ())]
     if not follows(run.objectives) and not any(map(looks, also)):
         return
+    for name, objective in _following(run.objectives).items():
+        if "cross" not in asks(objective.layers):
+            raise InputError(
+                f"{name}: refresh looks at the student, and this strategy is told what it is like: "
+                "leave `cross` out, or refresh"
+            )
     if raced:
         raise InputError(
             "refresh: auto_race decides once, by trainings on maps that stay, and may let an "
@@ -83,13 +89,33 @@ class Refresh(TrainerCallback):
         self._run, self._student, self._source, self._tell = run, student, source, tell
         for name in self._following:
             run.terms[name].moves = True
+        self._shown = {name: run.terms[name].mapping for name in self._following}
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """A checkpoint may have brought maps of its own."""
-        del args, kwargs
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A checkpoint may have brought maps of its own; some looks never come."""
+        self.on_train_end(args, state, control, **kwargs)
+        first, last = args.get_warmup_steps(state.max_steps) + 1, int(FROZEN * state.max_steps)
+        for name, objective in self._following.items():
+            steps = looks(objective.layers)
+            if not any(step % steps == 0 for step in range(first, last + 1)):
+                self._tell(
+                    f"{name}: refresh {steps} never looks: between warm-up and {FROZEN:.0%} of "
+                    f"{state.max_steps} steps there is no such step"
+                )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """So may the best one."""
+        del args, state, control, kwargs
         self._source.ask(self._run.teacher_request)
-
-    on_train_end = on_train_begin  # so may the best one
+        for name, shown in self._shown.items():
+            mapping = self._run.terms[name].mapping
+            if mapping != shown:
+                self._tell(f"{name}: the map of the checkpoint", str(mapping))
+            self._shown[name] = mapping
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -115,9 +141,10 @@ class Refresh(TrainerCallback):
             found, why = refreshed(current, proposed, cross)
             if found is not current:
                 term.move(found)
+                self._shown[name] = found
                 self._tell(f"step {step}: {name} moves its map", str(found))
             elif why is not None:
-                self._tell(f"step {step}: {name} keeps its map; of {_shown(proposed)}: {why}")
+                self._tell(f"step {step}: {name} keeps its map; of {_pairs(proposed)}: {why}")
         self._source.ask(self._run.teacher_request)
 
 
@@ -140,6 +167,6 @@ def _plain(strategy: LayerStrategy) -> LayerStrategy:
     return strategy.func if isinstance(strategy, partial) else strategy
 
 
-def _shown(mapping: LayerMap) -> str:
+def _pairs(mapping: LayerMap) -> str:
     """The pairs in one line."""
     return " ".join(f"{row.student}->{'+'.join(map(str, row.layers))}" for row in mapping.rows)

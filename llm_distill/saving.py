@@ -57,7 +57,7 @@ def save_terms(distiller: Distiller, folder: Path, state: Mapping[str, Tensor] |
     own = _learned(distiller)
     if state is not None:
         own = {k.removeprefix(TERMS): v for k, v in state.items() if k.startswith((TERMS, BALANCE))}
-    if own:
+    if own or _moving(distiller):
         tensors = {k: v.contiguous().cpu() for k, v in own.items()}
         save_file(tensors, folder / TERMS_FILE, metadata={"maps": _maps(distiller)})
 
@@ -102,11 +102,11 @@ def load_terms(distiller: Distiller, folder: Path) -> None:
     own = _learned(distiller)
     path = folder / TERMS_FILE
     if not path.exists():
-        if not own:
+        if not own and not _moving(distiller):
             return
         raise FileNotFoundError(
-            f"{path} is missing: the projectors of this run would start anew; resume from another "
-            "checkpoint, or start over"
+            f"{path} is missing: projectors and maps of this run would start anew; resume from "
+            "another checkpoint, or start over"
         )
     load_maps(distiller, folder)
     found = load_file(path)
@@ -141,15 +141,24 @@ def load_maps(distiller: Distiller, folder: Path) -> None:
         maps = (file.metadata() or {}).get("maps", _maps(distiller))
     for number, rows in json.loads(maps).items():
         term = distiller.terms[int(number)] if int(number) < len(distiller.terms) else None
-        if isinstance(term, Term) and term.moves and term.mapping is not None:
-            made = tuple(Row(s, tuple((t, share) for t, share in teacher)) for s, teacher in rows)
-            term.move(replace(term.mapping, rows=made))
+        if not isinstance(term, Term) or not term.moves or term.mapping is None:
+            continue
+        made = tuple(Row(s, tuple((t, share) for t, share in teacher)) for s, teacher in rows)
+        ours = [row.student for row in term.mapping.rows]
+        if made != term.mapping.rows and [row.student for row in made] == ours:
+            origin = f"{term.mapping.origin}, as the checkpoint has it"
+            term.move(replace(term.mapping, rows=made, origin=origin, evidence=()))
     if maps != _maps(distiller):
         raise InputError(
             f"{folder} was trained with other layer maps, {_shown(maps)}; this run has "
             f"{_shown(_maps(distiller))}; write the maps it was trained with (layers: {{explicit: "
             "{pairs: …}}), or start over"
         )
+
+
+def _moving(distiller: Distiller) -> bool:
+    """Whether a map may have moved, which a checkpoint then has to know."""
+    return any(term.moves for term in cast("Iterable[Term]", distiller.terms))
 
 
 def _maps(distiller: Distiller) -> str:

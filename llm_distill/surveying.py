@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import zlib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 
 from llm_distill import mapping
 from llm_distill.capture import Reader
+from llm_distill.data.given import head
 from llm_distill.layers import LayerEvidence, Similarities, Similarity, keep
 from llm_distill.losses.softmax import wide
 from llm_distill.picks import Pick, Picked, pick
@@ -143,7 +143,7 @@ def _batches(run: Run, args: TrainingArguments, *, crossed: bool) -> Iterator[Ba
     """The first examples of the training data, cut short, in disjoint sets."""
     dataset = cast("Iterable[Any]", run.kwargs["train_dataset"])
     pooled = crossed and run.tokenizers.theirs is not None
-    first = itertools.islice(dataset, POOLED if pooled else SEQUENCES)
+    first = head(dataset, POOLED if pooled else SEQUENCES)
     examples = [_short(readable(example, args)) for example in first]
     size = max(1, -(-len(examples) // SETS))
     collate = replace(run.collator, valid=True)

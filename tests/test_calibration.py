@@ -1,6 +1,7 @@
 """What a run is made of once it was accepted, and how it is calibrated."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import (
     DataCollatorForLanguageModeling,
+    DataCollatorWithFlattening,
     PreTrainedTokenizerFast,
     TrainingArguments,
 )
@@ -48,6 +50,31 @@ def prepared(
     model: Any, teacher: Any, *objectives: Any, args: TrainingArguments, **kwargs: Any
 ) -> Run:
     return prepare_run(model, teacher, objectives or (Logits(),), args, kwargs)
+
+
+class Stream(torch.utils.data.IterableDataset[Any]):
+    """Rows that can be read once."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self._rows, self.read = iter(rows), 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for row in self._rows:
+            self.read += 1
+            yield row
+
+
+class Places(torch.utils.data.Dataset[Any]):
+    """Rows by their places; one too many is no IndexError."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self._rows = dict(enumerate(rows))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, place: int) -> Any:
+        return self._rows[place]
 
 
 class TestPrepared:
@@ -172,6 +199,55 @@ class TestCalibrated:
         random = HiddenStates(layers=uniform, init="random")
         before, after = self.run(tmp_path, Logits(), random)
         assert after is before
+
+    def test_projectors_are_fitted_one_example_at_a_time(self, tmp_path: Path) -> None:
+        """Until there are four rows per feature; asked for by name, to one batch of all."""
+        sizes: list[int] = []
+
+        def noted(rows: list[Any]) -> Any:
+            sizes.append(len(rows))
+            return Collator(pad_token_id=0)(rows)
+
+        args = tiny.arguments(tmp_path)
+        given = {"train_dataset": tiny.rows(40), "data_collator": noted}
+        notes = []
+        inits: list[Any] = [None, "least_squares"]
+        for init in inits:
+            hint = HiddenStates(layers=uniform, init=init)
+            run = prepared(tiny.llama("student"), tiny.llama("teacher"), hint, args=args, **given)
+            source = run.teacher.open(run.opening_request, args.device)
+            sizes.clear()
+            after = calibrate(run, tiny.llama("student"), source, args, DistillTrainer)
+            term = after.terms["HiddenStates"]
+            notes.append((list(sizes), term.notes[-1]))
+        (batches, fitted), (whole, asked) = notes
+        assert (set(batches), whole) == ({1}, [32])
+        rows = [sum(label != -100 for label in row["labels"][1:]) for row in tiny.rows(40)]
+        assert sum(rows[: len(batches) - 1]) < 4 * 32 <= sum(rows[: len(batches)])
+        assert fitted.startswith("projector 2 -> 4: least squares on ")
+        assert asked.startswith("projector 2 -> 4: least squares on ")
+
+    @pytest.mark.parametrize("data", ["one-shot stream", "empty stream", "places alone", "packed"])
+    def test_default_projectors_take_any_data(self, tmp_path: Path, data: str) -> None:
+        """Streams are not used up, places are not run past, packed batches are not too long."""
+        rows = list(tiny.rows(24))
+        stream = Stream(rows if data == "one-shot stream" else [])
+        dataset: Any = {"places alone": Places(rows), "packed": rows}.get(data, stream)
+        more: Any = {"data_collator": DataCollatorWithFlattening()} if data == "packed" else {}
+        trainer = DistillTrainer(
+            tiny.llama("student"),
+            tiny.llama("teacher"),
+            [Logits(), HiddenStates(layers=uniform)],
+            tiny.arguments(tmp_path, per_device_train_batch_size=2),
+            train_dataset=dataset,
+            **more,
+        )
+        note = trainer.run.terms["HiddenStates"].notes[-1]
+        if dataset is stream:
+            assert stream.read == 0
+            assert note.startswith("projectors: random, there are no examples")
+        else:
+            assert "least squares on" in note
 
     def test_it_is_the_same_again_and_said(self, tmp_path: Path) -> None:
         before, first = self.run(tmp_path, *self.OBJECTIVES)

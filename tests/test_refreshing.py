@@ -167,6 +167,16 @@ class TestLooks:
         assert looked == still
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
+    @pytest.mark.parametrize("changes", [{"max_steps": 5}, {"warmup_steps": 0.5}])
+    def test_looks_that_never_come_are_told(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any]
+    ) -> None:
+        made = trainer(tmp_path, Logits(), HiddenStates(layers=FOLLOWS), **changes)
+        made.train()
+        steps = changes.get("max_steps", 20)
+        told = " ".join(capsys.readouterr().err.split())
+        assert f"refresh 2 never looks: between warm-up and 30% of {steps} steps" in told
+
 
 class First(TrainerCallback):
     """Of all evaluations the first one is the best."""
@@ -179,17 +189,25 @@ class First(TrainerCallback):
 
 
 class TestCheckpoints:
+    @pytest.mark.parametrize("kind", [HiddenStates, AttentionMaps, Relations])
     def test_resumed_after_a_move_equals_straight(
-        self, tmp_path: Path, shown: Callable[..., list[bool]]
+        self,
+        tmp_path: Path,
+        shown: Callable[..., list[bool]],
+        capsys: pytest.CaptureFixture[str],
+        kind: Any,
     ) -> None:
+        """Terms without a projector have nothing in a checkpoint but their map."""
         shown(like(2), like(3))
-        given = {"save_strategy": "steps", "save_steps": 5}
-        straight = trainer(tmp_path, Logits(), HiddenStates(layers=FOLLOWS), **given)
+        given, name = {"save_strategy": "steps", "save_steps": 5}, kind.__name__
+        straight = trainer(tmp_path, Logits(), kind(layers=FOLLOWS), **given)
         straight.train()
-        resumed = trainer(tmp_path, Logits(), HiddenStates(layers=FOLLOWS), **given)
-        assert pairs(resumed) == ((1, 2), (2, 4))
+        resumed = trainer(tmp_path, Logits(), kind(layers=FOLLOWS), **given)
+        assert pairs(resumed, name) == ((1, 2), (2, 4))
+        capsys.readouterr()
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
-        assert pairs(resumed) == ((1, 3), (2, 4))
+        assert pairs(resumed, name) == ((1, 3), (2, 4))
+        assert f"{name}: the map of the checkpoint" in capsys.readouterr().err
         ours, theirs = (made.distiller.state_dict() for made in (straight, resumed))
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
@@ -225,6 +243,21 @@ class TestRefusals:
     def test_a_race(self, tmp_path: Path, objectives: list[Objective]) -> None:
         with pytest.raises(InputError, match="refresh: auto_race decides once"):
             trainer(tmp_path, Logits(), *objectives, max_steps=300)
+
+    def test_a_checkpoint_of_other_rows(self, tmp_path: Path) -> None:
+        given: dict[str, Any] = {"save_strategy": "steps", "save_steps": 5, "max_steps": 5}
+        trainer(tmp_path, Logits(), HiddenStates(layers=layer_maps.last), **given).train()
+        other = trainer(
+            tmp_path, Logits(), HiddenStates(layers=FOLLOWS), **given | {"max_steps": 9}
+        )
+        with pytest.raises(InputError, match="with other layer maps, 2->4; this run has"):
+            other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+    def test_a_strategy_that_is_told_what_the_student_is_like(self, tmp_path: Path) -> None:
+        told = like(2)
+        layers = partial(FOLLOWS, cross=told.cross, similarity=told.similarity)
+        with pytest.raises(InputError, match="refresh looks at the student, and this strategy is"):
+            trainer(tmp_path, Logits(), HiddenStates(layers=layers))
 
     @pytest.mark.parametrize(
         ("make", "message"),

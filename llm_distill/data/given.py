@@ -1,6 +1,7 @@
 """Datasets that are in memory already, as Trainer takes them."""
 
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from itertools import islice
 from typing import Any, cast
 
 from datasets import Dataset, IterableDataset
@@ -22,6 +23,17 @@ def first_of(dataset: object, most: int) -> Iterator[Any]:
         return iter(())
     there = len(dataset) if isinstance(dataset, Sized) else 1
     return (dataset[place] for place in range(min(most, there)))
+
+
+def head(dataset: Iterable[Any], most: int) -> Iterator[Any]:
+    """The first examples of any dataset; by their places where it has some and knows how many.
+
+    Iteration over a torch `Dataset` ends at the first IndexError, which not every one raises.
+    """
+    if isinstance(dataset, Sized) and hasattr(dataset, "__getitem__"):
+        places = cast("Sequence[Any]", dataset)
+        return (places[place] for place in range(min(most, len(places))))
+    return islice(iter(dataset), most)
 
 
 def tokenised(

@@ -124,9 +124,10 @@ class RaceSettings:
                 f"layers: auto_race has share {self.share}; write a fraction of the steps in "
                 "(0, 1), as 0.04"
             )
-        if self.shortest < 1:
+        number = isinstance(self.shortest, int) and not isinstance(self.shortest, bool)
+        if not number or self.shortest < 1:
             raise ValueError(
-                f"layers: auto_race has shortest {self.shortest}; write a number of steps from 1 "
+                f"layers: auto_race has shortest {self.shortest!r}; write a number of steps from 1 "
                 f"on, as {SHORTEST}"
             )
 

@@ -21,7 +21,8 @@ def looks(strategy: LayerStrategy) -> int:
     (50, 0, 0)
     """
     found = inspect.signature(strategy).parameters.get("refresh")
-    return 0 if found is None else int(found.default)
+    number = None if found is None else found.default
+    return number if isinstance(number, int) else 0
 
 
 def stays(strategy: LayerStrategy) -> bool:

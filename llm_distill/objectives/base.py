@@ -38,11 +38,24 @@ class QueryPlan:
 
 @dataclass(frozen=True)
 class Evidence:
-    """One calibration batch, seen by both models."""
+    """One calibration batch, seen by both models.
+
+    Attributes:
+        batch: As the student reads it.
+        student: What it says.
+        teacher: What that says.
+        more: Further batches.
+    """
 
     batch: Batch
     student: Signals
     teacher: Signals
+    more: tuple[Evidence, ...] = ()
+
+    @property
+    def every(self) -> tuple[Evidence, ...]:
+        """All batches."""
+        return (self, *self.more)
 
 
 class Term(nn.Module):

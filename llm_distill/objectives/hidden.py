@@ -42,9 +42,9 @@ class HiddenStates(Mapped):
             widths.
         projector: From the student's width to the teacher's (`llm_distill.projectors`), one for
             each pair. By default none for equal widths and losses that relate rows, else linear.
-        init: `random`, or `least_squares`: projectors start at the closed-form optimum of one
-            calibration batch. By default that, for `linear` and `orthogonal` ones, where the batch
-            has twice as many rows as the student has features.
+        init: `random`, or `least_squares`: projectors start at the closed-form optimum of 32
+            training examples. By default that, for `linear` and `orthogonal` ones without
+            `blockwise`, where these have twice as many rows as the student has features.
         normalize: What both sides go through before the loss, row by row: `layer` (zero mean, unit
             variance; the residual stream grows with depth), `l2` (unit length), `none`. By default
             `layer`, and `none` for losses that relate rows.
@@ -195,7 +195,7 @@ class HiddenStates(Mapped):
 
     def _fits(self, student: ModelSpec, teacher: ModelSpec) -> bool:
         """Whether projectors start at their optimum."""
-        if self.init is not None:
+        if self.init is not None or self.blockwise:  # whose states are compared as they are
             return self.init == "least_squares"
         made = self.projector or self._projector(student.width == teacher.width)
         return made in (projectors.linear, projectors.orthogonal)

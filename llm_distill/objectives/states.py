@@ -32,6 +32,9 @@ Normalization = Literal["none", "layer", "l2"]
 ENOUGH = 2
 """Rows per feature of the student below which a fit says little of other rows."""
 
+LATER = "projectors: least squares, decided at calibration"
+"""What a table says before it."""
+
 ANCHOR = 0.1
 """Weight of the divergence of learned shares from where they started: without it they slide to the
 layer that is easiest, not to the one that teaches most."""
@@ -167,21 +170,22 @@ class HiddenStatesTerm(Term):
         if evidence is None:
             for projector in self.projectors:
                 projectors.checked_fit(projector)
-            self.notes = (*self.notes, "projectors: least squares, decided at calibration")
+            self.notes = (*self.notes, LATER)
             return
-        picked = pick(evidence.batch, self.choice)
-        first = evidence.student.hidden(self.mapping.rows[0].student, picked.rows)
-        rows, width = picked.gather(first).shape
+        shown = [(each, pick(each.batch, self.choice)) for each in evidence.every]
+        first = self.mapping.rows[0].student
+        rows, width = torch.cat([p.gather(e.student.hidden(first, p.rows)) for e, p in shown]).shape
         if not asked and rows < ENOUGH * width:
             few = f"{rows} rows at calibration are too few for {width} features"
             self.notes = (*self.notes, f"projectors: random, {few}")
             return
-        check_evidence(len(picked.rows), "HiddenStates")
+        check_evidence(rows, "HiddenStates")
         for place, (row, projector) in enumerate(
             zip(self.mapping.rows, self.projectors, strict=True)
         ):
-            target = self._theirs(place, row, evidence.teacher, picked.for_teacher).detach()
-            states = picked.gather(evidence.student.hidden(row.student, picked.rows))
+            theirs = [self._theirs(place, row, e.teacher, p.for_teacher) for e, p in shown]
+            ours = [p.gather(e.student.hidden(row.student, p.rows)) for e, p in shown]
+            states, target = torch.cat(ours), torch.cat(theirs).detach()
             left = projectors.fit(projector, states, target)
             fit = f"least squares on {len(states)} rows leaves {left:.1%} of the variance"
             names = "+".join(str(layer) for layer, _ in row.teacher)

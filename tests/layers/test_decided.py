@@ -99,6 +99,7 @@ class TestRace:
     @pytest.mark.parametrize(
         ("strategy", "message"),
         [
+            (partial(auto_race, shortest=True), r"has shortest True; write a number of steps"),
             (partial(auto_race, shortest=0), r"has shortest 0; write a number of steps from 1 on"),
             (partial(auto_race, weights=[]), r"weights \[\]; write numbers > 0, as \[1, 3, 10\]"),
             (partial(auto_race, weights=[1.0, 0.0]), r"weights \[1.0, 0.0\]; .*arm without a hint"),

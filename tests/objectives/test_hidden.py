@@ -160,6 +160,7 @@ class TestHiddenStates:
             (HiddenStates(init="random"), (Request(), Request())),
             (HiddenStates(projector=projectors.mlp), (Request(), Request())),
             (HiddenStates(loss=pkt), (Request(), Request())),
+            (HiddenStates(blockwise=0.3), (Request(), Request())),  # compares states as they are
         ):
             assert objective.survey(*specs(student, teacher)) == expected
         same = ModelSpec.of(teacher.config, "teacher")
