@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from scripts.bench.mapping.plan import Plan
     from scripts.bench.mapping.settings import Settings
 
+STARTS = {"least_squares": "at least squares", "random": "at random"}
+
 SECTIONS = {
     "weights": "Every map at every weight, mean over the seeds that weights are chosen on",
     "race": "What won the race",
@@ -53,7 +55,7 @@ def _head(settings: Settings, plans: Sequence[Plan], facts: Mapping[str, str]) -
         "",
         f"{s.steps} steps of AdamW with a cosine, {s.batch} sequences of {s.length} bytes each, "
         "trained by `DistillTrainer` with `Logits` and `HiddenStates`; gate and fading off but in "
-        f"*auto as shipped*; projectors start {s.init.replace('_', ' ')}, where widths differ. "
+        f"*auto as shipped*; where widths differ, projectors start {STARTS[s.init]}. "
         "Figure: KL(teacher || student) on "
         f"{s.held_out} held-out passages, nats per byte that is asked for. Every map has its best "
         f"weight of {weights}, chosen on {s.tuning} seeds; arms are paired: same seed, data order "
