@@ -85,6 +85,17 @@ def _check_sharding() -> None:
         )
 
 
+def sharded_by(args: TrainingArguments) -> str | None:
+    """What keeps the student in pieces on several ranks; None where each has all of it."""
+    for name, variable, given in (
+        ("FSDP", "ACCELERATE_USE_FSDP", args.fsdp_plugin_args),
+        ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED", args.deepspeed),
+    ):
+        if given or os.environ.get(variable, "false").lower() in ("true", "1"):
+            return name
+    return None
+
+
 def check_checkpointing(args: TrainingArguments) -> None:
     """Refuse reentrant checkpointing with attention maps before weights load."""
     for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):

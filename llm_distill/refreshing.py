@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from llm_distill import surveying
+from llm_distill.arguments import sharded_by
 from llm_distill.errors import InputError
 from llm_distill.layers import asks, auto_race, decide, looks, refreshed
 from llm_distill.objectives import Mapped, named
@@ -50,17 +50,10 @@ def check(run: Run, args: TrainingArguments) -> None:
             "refresh: auto_race decides once, by trainings on maps that stay, and may let an "
             "objective go; leave refresh out, or the race"
         )
-    sharded = [
-        name
-        for name, variable, given in (
-            ("FSDP", "ACCELERATE_USE_FSDP", args.fsdp_plugin_args),
-            ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED", args.deepspeed),
-        )
-        if given or os.environ.get(variable, "false").lower() in ("true", "1")
-    ]
-    if sharded:
+    sharded = sharded_by(args)
+    if sharded is not None:
         raise InputError(
-            f"refresh reads the whole student between two steps, which {sharded[0]} keeps in "
+            f"refresh reads the whole student between two steps, which {sharded} keeps in "
             "pieces; leave refresh out, or train with one process or DDP"
         )
 

@@ -151,6 +151,9 @@ class DistillTrainer(StepTrainer):
         weights = [f"balance: {balance}"] if balance else []
         self._announce(*reports, *self.run.told, table, *weights)
         self._ledger.reset()  # steps after the last log of another training
+        for _, found in prepared:
+            if found.counter is not None:
+                found.counter.reset()
         output: TrainOutput = super().train(*args, **kwargs)
         self._ledger.check()  # steps after the last log
         counted = ((name, found.counter) for name, found in prepared)

@@ -12,6 +12,7 @@ from llm_distill.arguments import (
     check_batches,
     check_checkpointing,
     idle_gates,
+    sharded_by,
 )
 from llm_distill.binding import bind
 from llm_distill.errors import InputError
@@ -92,6 +93,26 @@ def test_sharding_that_cannot_work_is_refused(
     monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message):
         check_arguments(args, {})
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "1", "DeepSpeed"),
+        ("ACCELERATE_USE_FSDP", "false", None),
+    ],
+)
+def test_what_keeps_a_student_in_pieces(
+    variable: str,
+    value: str,
+    expected: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    args = tiny.arguments(tmp_path)
+    monkeypatch.setenv(variable, value)
+    assert sharded_by(args) == expected
 
 
 def test_a_head_in_pieces_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

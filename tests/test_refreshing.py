@@ -104,7 +104,9 @@ class TestLooks:
         assert "step 4: HiddenStates moves its map" in told
         assert "gain in mean similarity at the last move: 0.35" in told
         assert "step 6" not in told  # the same map again
-        assert "1 | 3 of 4" in str(made.card_facts().layer_map)
+        card = str(made.card_facts().layer_map)
+        assert "1 | 3 of 4" in card
+        assert "projector 1 -> 2" not in card  # what it was fitted to
 
     def test_a_map_stays_and_says_why(
         self,

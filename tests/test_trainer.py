@@ -132,12 +132,14 @@ def test_query_rows_are_drawn_anew_in_each_epoch_and_after_resuming_alike(
     assert drawn(max_steps=9) == [*second, *third]
 
 
-def test_what_a_stream_gave_is_counted(tmp_path: Path, capsys: Any) -> None:
-    """Its first examples are checked before training, the others counted as they come."""
+@pytest.mark.parametrize("hints", [(), (HiddenStates(),)])
+def test_what_a_stream_gave_is_counted(tmp_path: Path, capsys: Any, hints: Any) -> None:
+    """Examples that were looked at before training, to check or to calibrate, are not."""
     stream = tiny.rows(16).to_iterable_dataset()
     trainer = DistillTrainer(
         tiny.llama("student"),
         tiny.llama("teacher"),
+        [Logits(), *hints],
         args=tiny.arguments(tmp_path, max_steps=2),
         train_dataset=stream,
     )

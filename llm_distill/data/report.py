@@ -75,6 +75,10 @@ class Counter:
         slot = 0 if worker is None else 1 + worker.id % (_WORKERS - 1)
         self._counts[slot] += torch.tensor(counts)
 
+    def reset(self) -> None:
+        """Back to zero: what calibration read is no part of a training."""
+        self._counts.zero_()
+
     def report(self) -> Report:
         """The counts up to now."""
         counts = Counts(*self._counts.sum(0).tolist())

@@ -157,6 +157,11 @@ class HiddenStatesTerm(Term):
         if self.gate is not None and observed is not None:
             self.gate.after_step(observed, progress)
 
+    def move(self, mapping: LayerMap) -> None:
+        """As any term; what a projector was fitted to is another layer now."""
+        super().move(mapping)
+        self.notes = tuple(note for note in self.notes if not note.startswith("projector "))
+
     def fit(self, evidence: Evidence | None, *, asked: bool) -> None:
         """Start every projector at its closed-form optimum.
 

@@ -6,7 +6,6 @@ import copy
 import gc
 import logging
 import math
-import os
 import random
 import tempfile
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from transformers import PrinterCallback, set_seed
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from llm_distill.arguments import sharded_by
 from llm_distill.errors import InputError
 from llm_distill.race.candidates import with_arm
 from llm_distill.race.examples import collator_copy, held_out, total_steps
@@ -145,17 +145,10 @@ def refuse(run: Run, args: TrainingArguments) -> None:
     Raises:
         InputError: For a sharded student, or an optimizer that was made for the student itself.
     """
-    sharded = [
-        name
-        for name, variable, given in (
-            ("FSDP", "ACCELERATE_USE_FSDP", args.fsdp_plugin_args),
-            ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED", args.deepspeed),
-        )
-        if given or os.environ.get(variable, "false").lower() in ("true", "1")
-    ]
-    if sharded:
+    sharded = sharded_by(args)
+    if sharded is not None:
         raise InputError(
-            f"auto_race trains copies of the student, which {sharded[0]} would shard; race in one "
+            f"auto_race trains copies of the student, which {sharded} would shard; race in one "
             "process first: llm-distill map recipe.yaml, and write layers: {saved: {path: …}}"
         )
     if any(given is not None for given in run.kwargs.get("optimizers") or ()):

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -111,22 +112,6 @@ class TestSegmentation:
         assert ends(mapping) == list(itertools.accumulate(sizes))
         assert score(mapping, of(values)) == 1.0
 
-    @pytest.mark.parametrize("depth", [1, 2, 7, 24])
-    def test_equal_depths_give_the_identity(self, depth: int) -> None:
-        mapping = segmentation(depth, depth, similarity=of(symmetric(depth, 3)))
-        assert mapping.pairs == tuple((k, k) for k in range(1, depth + 1))
-
-    def test_the_embedding_belongs_to_no_segment(self) -> None:
-        values = symmetric(9, 0)
-        other = values.clone()
-        other[0], other[:, 0] = 100.0, -100.0
-        assert segmentation(4, 9, similarity=of(values)) == segmentation(4, 9, similarity=of(other))
-
-    def test_a_deeper_student_takes_every_teacher_block(self) -> None:
-        mapping = segmentation(7, 3, similarity=of(symmetric(3, 0)))
-        assert mapping.pairs == ((2, 1), (5, 2), (7, 3))
-        assert "student deeper: one row per teacher block" in mapping.origin
-
     def test_the_table_shows_what_it_rests_on(self) -> None:
         values = torch.block_diag(torch.ones(1, 1), torch.ones(2, 2), torch.ones(4, 4))
         assert str(segmentation(2, 6, similarity=of(values))).splitlines() == [
@@ -136,12 +121,6 @@ class TestSegmentation:
             "mean similarity to the end of the segment: 1",
             "the same for uniform: 0.6667",
         ]
-
-    def test_deep_models_take_a_moment(self) -> None:
-        values = symmetric(126, 1)
-        mapping = segmentation(48, 126, similarity=of(values))
-        assert len(mapping.rows) == 48
-        assert score(mapping, of(values)) >= score(uniform(48, 126), of(values))
 
 
 class TestCoverage:
@@ -187,28 +166,12 @@ class TestCoverage:
         assert all(end in run for end, run in zip(ends(mapping), runs, strict=True))
         assert covered(mapping, of(values)) == 1.0
 
-    @pytest.mark.parametrize("depth", [1, 2, 7, 24])
-    def test_equal_depths_give_the_identity(self, depth: int) -> None:
-        mapping = coverage(depth, depth, similarity=of(symmetric(depth, 3)))
-        assert mapping.pairs == tuple((k, k) for k in range(1, depth + 1))
-
-    def test_the_embedding_is_no_target(self) -> None:
-        values = symmetric(9, 0)
-        other = values.clone()
-        other[0], other[:, 0] = 100.0, -100.0
-        assert coverage(4, 9, similarity=of(values)) == coverage(4, 9, similarity=of(other))
-
     def test_a_long_run_does_not_fall_to_the_first_block(self) -> None:
         """Slow change at first, fast at the end: a segment would end half way up."""
         way = torch.tensor([0.0, 0.5, 0.52, 0.53, 0.54, 0.55, 0.56, 0.6, 0.65, 0.7, 0.8, 0.9, 1.3])
         values = 1 - (way[:, None] - way).abs() / 2
         assert ends(segmentation(4, 12, similarity=of(values)))[0] == 6
         assert ends(coverage(4, 12, similarity=of(values)))[0] == 3
-
-    def test_a_deeper_student_takes_every_teacher_block(self) -> None:
-        mapping = coverage(7, 3, similarity=of(symmetric(3, 0)))
-        assert mapping.pairs == ((2, 1), (5, 2), (7, 3))
-        assert "student deeper: one row per teacher block" in mapping.origin
 
     def test_the_table_shows_what_it_rests_on(self) -> None:
         values = torch.block_diag(torch.ones(1, 1), torch.ones(2, 2), torch.ones(4, 4))
@@ -220,11 +183,31 @@ class TestCoverage:
             "the same for uniform: 0.6667",
         ]
 
-    def test_deep_models_take_a_moment(self) -> None:
+
+@pytest.mark.parametrize("strategy", [segmentation, coverage])
+class TestBoth:
+    @pytest.mark.parametrize("depth", [1, 2, 7, 24])
+    def test_equal_depths_give_the_identity(self, strategy: Any, depth: int) -> None:
+        mapping = strategy(depth, depth, similarity=of(symmetric(depth, 3)))
+        assert mapping.pairs == tuple((k, k) for k in range(1, depth + 1))
+
+    def test_the_embedding_is_nothing_to_stand_for(self, strategy: Any) -> None:
+        values = symmetric(9, 0)
+        other = values.clone()
+        other[0], other[:, 0] = 100.0, -100.0
+        assert strategy(4, 9, similarity=of(values)) == strategy(4, 9, similarity=of(other))
+
+    def test_a_deeper_student_takes_every_teacher_block(self, strategy: Any) -> None:
+        mapping = strategy(7, 3, similarity=of(symmetric(3, 0)))
+        assert mapping.pairs == ((2, 1), (5, 2), (7, 3))
+        assert "student deeper: one row per teacher block" in mapping.origin
+
+    def test_deep_models_take_a_moment(self, strategy: Any) -> None:
         values = symmetric(126, 1)
-        mapping = coverage(48, 126, similarity=of(values))
+        mapping = strategy(48, 126, similarity=of(values))
+        scored = score if strategy is segmentation else covered
         assert len(mapping.rows) == 48
-        assert covered(mapping, of(values)) >= covered(uniform(48, 126), of(values))
+        assert scored(mapping, of(values)) >= scored(uniform(48, 126), of(values))
 
 
 class TestArcLength:
