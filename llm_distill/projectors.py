@@ -9,6 +9,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import is_parametrized
 
+RIDGE = 0.03
+"""Of least squares, as a fraction of the mean variance. Directions with less hardly count: the
+student moves along them as soon as it trains, and a small ridge makes much of it."""
+
 __all__ = ["identity", "linear", "mlp", "none", "orthogonal"]
 
 
@@ -179,7 +183,7 @@ def _descend(weight: Tensor, x: Tensor, y: Tensor, *, steps: int = 100) -> Tenso
 
 
 def fit_least_squares(
-    projector: nn.Linear, student: Tensor, teacher: Tensor, *, ridge: float = 1e-4
+    projector: nn.Linear, student: Tensor, teacher: Tensor, *, ridge: float = RIDGE
 ) -> float:
     """Set an affine projector to the ridge optimum: `[N, Ds], [N, Dt] -> residual share`.
 

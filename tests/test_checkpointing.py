@@ -129,7 +129,7 @@ def test_best_model_is_loaded(adapter: LoraConfig | None, tmp_path: Path) -> Non
 def test_lost_projectors_are_not_forgotten(tmp_path: Path) -> None:
     build("plain", tmp_path, 1).train()
     (tmp_path / "checkpoint-2" / "terms.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="projectors of this run would start anew"):
+    with pytest.raises(FileNotFoundError, match="projectors and maps of this run would start anew"):
         build("plain", tmp_path, 1).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

@@ -146,7 +146,7 @@ class TestFading:
 
 def trainer(folder: Path, layers: Any, *, student: Any = None, **changes: Any) -> DistillTrainer:
     """Two blocks from four, with a map."""
-    objectives = [CrossEntropy(weight=0.1), Logits(), hints(layers)]
+    objectives = [CrossEntropy(weight=0.1), Logits(), hints(layers, init="random")]
     given = {"optim": "adamw_torch", "learning_rate": 3e-3, "save_steps": 6, "max_steps": 12}
     args = tiny.arguments(folder, **given | {"save_strategy": "steps"} | changes)
     student = tiny.llama("student") if student is None else student

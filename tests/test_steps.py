@@ -28,7 +28,7 @@ from llm_distill.schedules import linear
 from llm_distill.signals import ModelSpec, Request, Signals
 from tests import tiny
 
-HINT = HiddenStates(layers=partial(layers.explicit, pairs=[[1, 2]]), weight=0.5)
+HINT = HiddenStates(layers=partial(layers.explicit, pairs=[[1, 2]]), weight=0.5, init="random")
 WANTED = (CrossEntropy(weight=0.1), Logits(temperature=2.0), HINT)
 EVERY = [normalised, uncertainty, partial(gradient, every=2)]
 

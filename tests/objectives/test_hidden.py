@@ -103,7 +103,7 @@ class TestHiddenStates:
         x = torch.cat([x, torch.ones(len(x), 1).double()], 1)
         best = (y - x @ torch.linalg.lstsq(x, y).solution).square().mean(-1).sum()
         got = value(term, student, teacher, given).double()
-        assert best <= got < best + 1e-2 * y.var()
+        assert best <= got < 1.2 * best  # the ridge
         variance = (y - y.mean(0)).square().sum()
         left = got * 64 / variance
         assert f"least squares on {len(x)} rows leaves {left:.1%} of the variance" in term.notes[-1]
