@@ -14,6 +14,7 @@ from llm_distill import binding, mapping, race, surveying
 from llm_distill.binding import make_batch
 from llm_distill.capture import Reader
 from llm_distill.data.given import head
+from llm_distill.errors import InputError
 from llm_distill.objectives import Evidence
 from llm_distill.objectives.states import LATER
 from llm_distill.preparation import readable
@@ -34,6 +35,7 @@ CALIBRATION_EXAMPLES = 32
 """Of the training data: what least squares and matched heads are decided on."""
 
 NOTHING = "projectors: random, there are no examples to calibrate on that can be read twice"
+"""What a table says where `LATER` did not come."""
 
 PLENTY = 4
 """Rows per feature of the student beyond which projectors fit no better for more."""
@@ -49,7 +51,7 @@ def calibrate(
     """The same run, its terms bound to what both models say of the first training examples.
 
     Layer maps come first, from how similar the layers are; then least-squares projectors and
-    matched heads, from one batch on the layers that were chosen.
+    matched heads, from the first examples on the layers that were chosen.
 
     Args:
         run: Returned as it is where no objective asks for data.
@@ -115,6 +117,9 @@ def _batches(run: Run, args: TrainingArguments) -> Iterator[Batch]:
     One batch where the user asked for what they decide. Otherwise one example at a time, which fits
     any memory and collator and is the same for any size of the training's batches, and no more than
     are needed; none of a stream that may not be read twice.
+
+    Raises:
+        InputError: If they were asked for and there are none.
     """
     dataset = cast("Iterable[Any]", run.kwargs.get("train_dataset", ()))
     asked = any(objective.needs_data for objective in _surveying(run))
@@ -122,7 +127,12 @@ def _batches(run: Run, args: TrainingArguments) -> Iterator[Batch]:
     if dataset is None or (once and not asked):
         return
     examples = [readable(example, args) for example in head(dataset, CALIBRATION_EXAMPLES)]
-    size = max(len(examples), 1) if asked else 1
+    if asked and not examples:
+        raise InputError(
+            "train_dataset has no example to calibrate on; give it some, or write init: random and "
+            "heads: mean or group"
+        )
+    size = len(examples) if asked else 1
     plan = binding.query_plan(run.terms)
     rows = 0
     with torch.random.fork_rng(devices=[]):

@@ -27,6 +27,7 @@ from llm_distill import heads as head_rules
 from llm_distill.calibration import CALIBRATION_EXAMPLES, calibrate
 from llm_distill.collation import RowCollator
 from llm_distill.data import Collator
+from llm_distill.errors import InputError
 from llm_distill.layers import uniform
 from llm_distill.preparation import Run, prepare_run
 from llm_distill.signals import Request
@@ -248,6 +249,10 @@ class TestCalibrated:
             assert note.startswith("projectors: random, there are no examples")
         else:
             assert "least squares on" in note
+
+    def test_what_was_asked_for_needs_examples(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="train_dataset has no example to calibrate on"):
+            self.run(tmp_path, *self.OBJECTIVES, rows=Stream([]))
 
     def test_it_is_the_same_again_and_said(self, tmp_path: Path) -> None:
         before, first = self.run(tmp_path, *self.OBJECTIVES)

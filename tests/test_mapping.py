@@ -146,6 +146,7 @@ class TestFading:
 
 def trainer(folder: Path, layers: Any, *, student: Any = None, **changes: Any) -> DistillTrainer:
     """Two blocks from four, with a map."""
+    # Random projectors have something to learn; fitted ones start where the loss is least.
     objectives = [CrossEntropy(weight=0.1), Logits(), hints(layers, init="random")]
     given = {"optim": "adamw_torch", "learning_rate": 3e-3, "save_steps": 6, "max_steps": 12}
     args = tiny.arguments(folder, **given | {"save_strategy": "steps"} | changes)

@@ -105,8 +105,8 @@ def test_nothing_nearby_is_better() -> None:
 def test_fewer_rows_than_features_give_one_answer(rows: int) -> None:
     x, y = data(rows, student=16)
     projector = affine(16)
-    left = fit_least_squares(projector, x, y)
-    assert left < 1e-3
+    left = fit_least_squares(projector, x, y, ridge=1e-4)
+    assert left < 1e-4
     assert projector.weight.isfinite().all()
     torch.testing.assert_close(projector(x).detach(), y, rtol=1e-2, atol=1e-2)
 

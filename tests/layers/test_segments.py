@@ -71,25 +71,6 @@ class TestSegmentation:
             assert ends(found) == list(best), seed
             assert score(found, of(values)) * depth == pytest.approx(value(values, best))
 
-    @pytest.mark.parametrize(("student", "teacher"), DEPTHS)
-    @pytest.mark.parametrize("level", [0.0, 0.1, 0.9, 1.0])
-    def test_constant_similarity_gives_uniform(
-        self, student: int, teacher: int, level: float
-    ) -> None:
-        same = torch.full((teacher + 1, teacher + 1), level)
-        assert segmentation(student, teacher, similarity=of(same)).rows == (
-            uniform(student, teacher).rows
-        )
-
-    @pytest.mark.parametrize(("student", "teacher"), DEPTHS)
-    def test_nearly_constant_similarity_gives_uniform(self, student: int, teacher: int) -> None:
-        """Rounding of the measurement decides nothing."""
-        for seed in range(5):
-            same = 0.9 + 1e-8 * (symmetric(teacher, seed).double() - 0.5)
-            assert segmentation(student, teacher, similarity=of(same)).rows == (
-                uniform(student, teacher).rows
-            )
-
     def test_ties_go_to_the_map_closest_to_uniform(self) -> None:
         """Blocks 1 to 3 are one run, 4 to 12 are all alike: only the first end is decided."""
         values = torch.block_diag(torch.ones(1, 1), torch.ones(3, 3), torch.ones(9, 9))
@@ -135,18 +116,6 @@ class TestCoverage:
             assert close(values, ends(found)) == pytest.approx(close(values, best), abs=1e-4), seed
             assert covered(found, of(values)) * depth == pytest.approx(close(values, ends(found)))
 
-    @pytest.mark.parametrize(("student", "teacher"), DEPTHS)
-    @pytest.mark.parametrize("level", [0.0, 0.1, 0.9, 1.0])
-    def test_constant_similarity_gives_uniform(
-        self, student: int, teacher: int, level: float
-    ) -> None:
-        for noise in (0.0, 1e-8):
-            same = level + noise * (symmetric(teacher, 4).double() - 0.5)
-            same.fill_diagonal_(1.0)
-            assert coverage(student, teacher, similarity=of(same)).rows == (
-                uniform(student, teacher).rows
-            )
-
     @pytest.mark.parametrize(("student", "teacher"), [(1, 5), (2, 6), (3, 9), (4, 12), (3, 24)])
     def test_even_change_is_covered_evenly(self, student: int, teacher: int) -> None:
         """The first target stands as far from block 1 as others from the middle between two."""
@@ -186,6 +155,21 @@ class TestCoverage:
 
 @pytest.mark.parametrize("strategy", [segmentation, coverage])
 class TestBoth:
+    """What segmentation and coverage have in common."""
+
+    @pytest.mark.parametrize(("student", "teacher"), DEPTHS)
+    @pytest.mark.parametrize("level", [0.0, 0.1, 0.9, 1.0])
+    def test_constant_similarity_gives_uniform(
+        self, strategy: Any, student: int, teacher: int, level: float
+    ) -> None:
+        """Rounding of the measurement decides nothing, nor does a layer's likeness to itself."""
+        for seed, noise, itself in ((0, 0.0, level), (1, 1e-8, level), (2, 1e-8, 1.0)):
+            same = level + noise * (symmetric(teacher, seed).double() - 0.5)
+            same.fill_diagonal_(itself)
+            assert strategy(student, teacher, similarity=of(same)).rows == (
+                uniform(student, teacher).rows
+            )
+
     @pytest.mark.parametrize("depth", [1, 2, 7, 24])
     def test_equal_depths_give_the_identity(self, strategy: Any, depth: int) -> None:
         mapping = strategy(depth, depth, similarity=of(symmetric(depth, 3)))
