@@ -6,14 +6,20 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from llm_distill.rows import Batch
     from llm_distill.signals import ModelSpec, Request, Signals
 
 
 class Source(Protocol):
-    """A teacher at work."""
+    """A teacher at work.
+
+    Attributes:
+        model: The weights it holds in this process; None where it has none.
+    """
+
+    model: PreTrainedModel | None
 
     def __call__(self, batch: Batch) -> Signals:
         """What the teacher says about a batch, without gradients."""

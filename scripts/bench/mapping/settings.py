@@ -124,7 +124,7 @@ class Settings:
     length: int = 64
     held_out: int = 96
     pretraining: int = 200
-    weights: tuple[float, ...] = (1.0, 3.0, 10.0)
+    weights: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
     tuning: int = 2
     few: int = 3
     many: int = 8
