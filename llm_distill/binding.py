@@ -49,7 +49,7 @@ def bind(
 def ready(
     objectives: Sequence[Objective], student: ModelSpec, teacher: ModelSpec
 ) -> tuple[Objective, ...]:
-    """The objectives with what follows from the two configs: maps, and hints that fade.
+    """The objectives with what follows from the two configs: rows, maps, and hints that fade.
 
     Raises:
         InputError: If they are no objectives, or a map does not fit the two models.
@@ -58,7 +58,8 @@ def ready(
         check_objectives(objectives)
     except ValueError as error:
         raise InputError(str(error)) from error
-    return mapping.fading(mapping.known(objectives, student, teacher), student)
+    known = mapping.known(mapping.with_rows(objectives, student), student, teacher)
+    return mapping.fading(known, student)
 
 
 def check_optimizers(terms: Mapping[str, Term], optimizers: tuple[Any, Any]) -> None:

@@ -25,6 +25,7 @@ from llm_distill.signals import Request
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from llm_distill.rows import RowKind
     from llm_distill.signals import ModelSpec
 
 FADED = 0.6
@@ -85,6 +86,19 @@ def settled(
         if isinstance(objective, Mapped) and objective.undecided - {"race"}
         else objective
         for objective in objectives
+    )
+
+
+def with_rows(objectives: Sequence[Objective], student: ModelSpec) -> tuple[Objective, ...]:
+    """Hidden states with the rows that nobody named.
+
+    A masked model predicts one token in seven and has a state at each of them: hints at the masked
+    ones alone waste most of what the teacher says.
+    """
+    rows: RowKind = "valid" if student.masked else "supervised"
+    return tuple(
+        replace(o, rows=rows) if isinstance(o, HiddenStates) and o.rows is None else o
+        for o in objectives
     )
 
 

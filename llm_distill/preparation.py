@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from llm_distill import binding, loading, mapping
+from llm_distill import binding, mapping
 from llm_distill.arguments import (
     check_arguments,
     check_batches,
@@ -22,6 +22,7 @@ from llm_distill.data import Collator, Prepared
 from llm_distill.data.given import first_of, tokenised
 from llm_distill.errors import InputError
 from llm_distill.evaluation import OWN, settle_best_metric
+from llm_distill.kinds import is_masked
 from llm_distill.objectives import MEASURES, Objective, Term
 from llm_distill.signals import ModelSpec, Request
 from llm_distill.students import (
@@ -274,8 +275,4 @@ def _shift(model: Student, teacher: Teacher) -> bool:
 def _causal(spec: Teacher) -> bool:
     """Whether a model is a causal one, by its class or by what its config was saved from."""
     loaded = getattr(spec, "model", None)
-    return (
-        predicts_next(loaded)
-        if isinstance(loaded, nn.Module)
-        else not loading.is_masked(spec.config)
-    )
+    return predicts_next(loaded) if isinstance(loaded, nn.Module) else not is_masked(spec.config)

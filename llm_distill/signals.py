@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_distill.attention import Heads
+from llm_distill.kinds import is_masked
 from llm_distill.losses.projection import Finish, Projection
 from llm_distill.losses.softmax import wide
 from llm_distill.losses.sparse import Counts, TopK
@@ -78,6 +79,7 @@ class ModelSpec:
         value_dim: Features of one head of values.
         blocks: The teacher's block behind each of its own, for a student that was cut from it.
         fresh: Whether its weights are random.
+        masked: Whether it is a masked language model.
     """
 
     name: str
@@ -93,6 +95,7 @@ class ModelSpec:
     value_dim: int = 0
     blocks: tuple[int, ...] | None = None
     fresh: bool = False
+    masked: bool = False
 
     @classmethod
     def of(cls, config: PreTrainedConfig, name: str) -> ModelSpec:
@@ -114,6 +117,7 @@ class ModelSpec:
             head_dim=head_dim,
             value_dim=value_dim,
             blocks=None if cut is None else cut.blocks,
+            masked=is_masked(config),
         )
 
 

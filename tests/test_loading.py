@@ -29,6 +29,7 @@ from transformers.utils import logging as hf_logging
 
 from llm_distill import loading
 from llm_distill.errors import InputError
+from llm_distill.kinds import is_masked, sees_only_the_past
 from llm_distill.rows import Batch, valid_rows
 from llm_distill.signals import Request
 from llm_distill.teachers import Local
@@ -134,10 +135,10 @@ class TestLoadConfig:
         model = make()
         model.save_pretrained(tmp_path)
         config = loading.load_config(str(tmp_path))
-        assert loading.is_masked(config) is masked
-        assert loading.sees_only_the_past(config) is not masked
+        assert is_masked(config) is masked
+        assert sees_only_the_past(config) is not masked
         config.architectures = None  # as of a model that was never saved
-        assert loading.is_masked(config) is masked
+        assert is_masked(config) is masked
 
     def test_custom_code_knows_better(self, tmp_path: Path) -> None:
         config = tiny.llama("student").config

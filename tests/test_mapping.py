@@ -13,7 +13,7 @@ from llm_distill import CrossEntropy, DistillTrainer, HiddenStates, Logits, sche
 from llm_distill import layers as layer_maps
 from llm_distill.errors import InputError
 from llm_distill.layers import LayerEvidence, LayerMap, Similarity
-from llm_distill.mapping import FADED, fading, known, requests, settled, undecided
+from llm_distill.mapping import FADED, fading, known, requests, settled, undecided, with_rows
 from llm_distill.objectives.contrastive import Contrastive
 from llm_distill.objectives.relations import Relations
 from llm_distill.objectives.states import HiddenStatesTerm
@@ -278,3 +278,25 @@ def test_settings_that_cannot_be_are_refused_before_there_are_data(
 ) -> None:
     with pytest.raises(InputError, match=message):
         known([hints(strategy)], *SPECS)
+
+
+def test_masked_models_are_hinted_at_every_token() -> None:
+    """Unless somebody says otherwise; objectives without such a choice stay as they are."""
+    given = [HiddenStates(), HiddenStates(rows="supervised", name="said"), Logits()]
+    causal, masked = with_rows(given, STUDENT), with_rows(given, replace(STUDENT, masked=True))
+    assert [o.rows for o in causal if isinstance(o, HiddenStates)] == ["supervised", "supervised"]
+    assert [o.rows for o in masked if isinstance(o, HiddenStates)] == ["valid", "supervised"]
+    assert causal[2] is masked[2] is given[2]
+
+
+def test_a_masked_run_counts_every_token(tmp_path: Path) -> None:
+    ids = [5, 6, 7, 8, 9, 10]
+    row = {"input_ids": ids, "labels": [-100, 6, -100, -100, 9, -100]}
+    trainer = DistillTrainer(
+        tiny.bert(depth=2),
+        tiny.bert(),
+        [Logits(), HiddenStates(layers=layer_maps.last)],
+        tiny.arguments(tmp_path),
+        train_dataset=[row] * 8,
+    )
+    assert [term.rows for term in trainer.run.terms.values()] == ["supervised", "valid"]

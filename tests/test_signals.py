@@ -67,7 +67,7 @@ def test_the_spec_of_configs_with_names_of_their_own() -> None:
     )
     bert = BertConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, vocab_size=50)
     assert ModelSpec.of(bert, "b") == ModelSpec(
-        "b", "bert", 2, 24, 3, 50, 512, kv_heads=3, head_dim=8, value_dim=8
+        "b", "bert", 2, 24, 3, 50, 512, kv_heads=3, head_dim=8, value_dim=8, masked=True
     )
 
 

@@ -13,7 +13,7 @@ from llm_distill.balance import Balance
 from llm_distill.balance.base import settle
 from llm_distill.data.files import is_local, missing
 from llm_distill.errors import InputError
-from llm_distill.loading import is_masked
+from llm_distill.kinds import is_masked
 from llm_distill.objectives import Objective, Term
 from llm_distill.race.candidates import settings_of
 from llm_distill.recipe import Recipe

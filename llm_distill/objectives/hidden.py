@@ -29,6 +29,14 @@ if TYPE_CHECKING:
     from llm_distill.layers import LayerMap
     from llm_distill.objectives.base import Evidence, Term
 
+CHOICES = {
+    "init": ("random", "least_squares"),
+    "normalize": ("none", "layer", "l2"),
+    "rows": ("supervised", "valid"),
+    "items": ("token", "sequence", "pooled"),
+}
+"""Settings that are a word, or left out."""
+
 PairLoss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -48,7 +56,8 @@ class HiddenStates(Mapped):
         normalize: What both sides go through before the loss, row by row: `layer` (zero mean, unit
             variance; the residual stream grows with depth), `l2` (unit length), `none`. By default
             `layer`, and `none` for losses that relate rows.
-        rows: `supervised` predictions, or every `valid` token.
+        rows: `supervised` predictions, or every `valid` token. By default the first, and the second
+            for masked models, where few tokens are asked for and all have a state to learn.
         items: `token`: every row counts alike; `sequence`: the loss sees one sequence at a time,
             and sequences count alike; `pooled`: the mean of each sequence's rows is one row. By
             default what the loss is meant for.
@@ -73,7 +82,7 @@ class HiddenStates(Mapped):
     projector: Callable[[int, int], nn.Module] | None = None
     init: Literal["random", "least_squares"] | None = None
     normalize: Normalization | None = None
-    rows: RowKind = "supervised"
+    rows: RowKind | None = None
     items: Items | None = None
     skip: int = 0
     most: int | None = None
@@ -83,16 +92,13 @@ class HiddenStates(Mapped):
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
         super().__post_init__()
-        if self.init is not None:
-            check_choice("HiddenStates: init", self.init, ("random", "least_squares"))
+        for name, choices in CHOICES.items():
+            chosen = vars(self)[name]
+            if chosen is not None:
+                check_choice(f"HiddenStates: {name}", chosen, choices)
         check_function("HiddenStates", "loss", self.loss, "llm_distill")
         if self.projector is not None:
             check_function("HiddenStates", "projector", self.projector, "llm_distill.projectors")
-        if self.normalize is not None:
-            check_choice("HiddenStates: normalize", self.normalize, ("none", "layer", "l2"))
-        check_choice("HiddenStates: rows", self.rows, ("supervised", "valid"))
-        if self.items is not None:
-            check_choice("HiddenStates: items", self.items, ("token", "sequence", "pooled"))
         if self.skip < 0:
             raise ValueError(f"HiddenStates: skip is {self.skip}; write a number of tokens >= 0")
         if self.most is not None and self.most < self.needs.least:
@@ -118,7 +124,7 @@ class HiddenStates(Mapped):
         default = self.needs
         items = self.items or default.items
         most = default.most if self.most is None else self.most
-        return Pick(self.rows, items, self.skip, most, default.least)
+        return Pick(self.rows or "supervised", items, self.skip, most, default.least)
 
     def survey(self, student: ModelSpec, teacher: ModelSpec) -> tuple[Request, Request]:
         """The mapped layers, where projectors are fitted."""
@@ -156,7 +162,7 @@ class HiddenStates(Mapped):
     def describe(self) -> str:
         """Loss, normalisation, rows and items."""
         choice, normal = self.choice, self.normalize or self.needs.normalize
-        parts = [describe_function(self.loss), f"normalize {normal}", f"{self.rows} rows"]
+        parts = [describe_function(self.loss), f"normalize {normal}", f"{choice.rows} rows"]
         if choice.items != "token":
             parts.append(f"items {choice.items}")
         if choice.skip:

@@ -14,6 +14,7 @@ from transformers.initialization import no_init_weights
 from llm_distill import loading
 from llm_distill.capture import plain
 from llm_distill.errors import InputError
+from llm_distill.kinds import is_masked
 from llm_distill.students.blocks import matching
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def _kind(teacher: Local) -> type[PreTrainedModel]:
                 "teacher.merge_and_unload()"
             )
         return type(plain(teacher.model))
-    auto: Any = AutoModelForMaskedLM if loading.is_masked(teacher.config) else AutoModelForCausalLM
+    auto: Any = AutoModelForMaskedLM if is_masked(teacher.config) else AutoModelForCausalLM
     with torch.device("meta"):
         return type(
             auto.from_config(

@@ -19,6 +19,7 @@ from transformers import (
 
 from llm_distill import loading, provenance
 from llm_distill.errors import InputError
+from llm_distill.kinds import has_causal, has_masked, is_masked, sees_only_the_past
 
 SHARED = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 """What a student with random weights takes from its teacher unless told otherwise."""
@@ -69,12 +70,12 @@ class FromConfig:
             )
         except (StrictDataclassError, ValueError, TypeError) as error:
             raise InputError(f"{self._label}: {loading.first_line(error)}") from error
-        self._refuse_kind(made, masked=loading.is_masked(teacher))
+        self._refuse_kind(made, masked=is_masked(teacher))
         return made
 
     def load(self, teacher: PreTrainedConfig) -> PreTrainedModel:
         """The model, its weights drawn from `seed`."""
-        auto: Any = AutoModelForMaskedLM if loading.is_masked(teacher) else AutoModelForCausalLM
+        auto: Any = AutoModelForMaskedLM if is_masked(teacher) else AutoModelForCausalLM
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return cast(
@@ -125,14 +126,14 @@ class FromConfig:
     def _refuse_kind(self, made: PreTrainedConfig, *, masked: bool) -> None:
         """Refuse an architecture that does not predict tokens the teacher's way."""
         kind = made.model_type
-        if masked and not loading.has_masked(made):
+        if masked and not has_masked(made):
             raise InputError(
                 f"{self._label}: {kind} has no masked language model, and the teacher is one; take "
                 "the teacher's architecture"
             )
-        if masked or loading.sees_only_the_past(made):
+        if masked or sees_only_the_past(made):
             return
-        if loading.has_causal(made):
+        if has_causal(made):
             raise InputError(
                 f"{self._label}: {kind} sees the tokens that it should predict; write is_decoder: "
                 "true into its config, since the teacher is a causal language model"

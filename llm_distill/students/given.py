@@ -14,9 +14,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from llm_distill import loading
 from llm_distill.capture import plain
 from llm_distill.errors import InputError
+from llm_distill.kinds import is_masked
 from llm_distill.provenance import Provenance
 from llm_distill.signals import ModelSpec
 from llm_distill.students.blocks import matching
@@ -121,7 +121,7 @@ def _checked(student: FromTeacher, teacher: PreTrainedConfig) -> PreTrainedConfi
 
 def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The class of transformers that belongs to a config; None for one from elsewhere."""
-    masked = loading.is_masked(config)
+    masked = is_masked(config)
     mapping: Any = MODEL_FOR_MASKED_LM_MAPPING if masked else MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in mapping:
         return None

@@ -21,7 +21,16 @@ HAND = ("uniform", "last", "skip", "first", "reverse", "random 0", "random 1", "
 DATA = ("provenance", "arc_length", "segmentation", "coverage", "cka", "transport", "auto")
 """Maps that data decide."""
 
-MANY = ("none", "last", "uniform", "segmentation", "coverage", "auto", "auto_race")
+MANY = (
+    "none",
+    "last",
+    "uniform",
+    "segmentation",
+    "coverage",
+    "auto",
+    "auto as shipped",
+    "auto_race",
+)
 """Arms with many seeds; the best map by hand is one of them as well."""
 
 STUDIES = ("auto as shipped", "auto_race", "best hand at race cost", "blockwise", "scores")
@@ -77,7 +86,7 @@ class Plan:
 
     def job(self, arm: str, seed: int, weight: float | None = None) -> Job | None:
         """The training of an arm, at its best weight unless told otherwise; None if not known."""
-        plain = Job(self.pair, "run", seed, steps=self.settings.steps)
+        plain = Job(self.pair, "run", seed, steps=self.settings.steps_of(self.pair))
         if arm == "none":
             return plain
         if arm == "auto_race":
@@ -231,7 +240,7 @@ class Plan:
         return found
 
     def _run(self, seed: int) -> Job:
-        return Job(self.pair, "run", seed, steps=self.settings.steps)
+        return Job(self.pair, "run", seed, steps=self.settings.steps_of(self.pair))
 
 
 def _known(job: Job | None) -> Iterator[Job]:

@@ -111,6 +111,7 @@ def _pair(results: Results, drawn: Path) -> Iterator[str]:
         line for line in plan.lines.every() if (line["pair"], line["kind"]) == (plan.pair, "models")
     ]
     for line in made:
+        yield f"Student: {plan.settings.steps_of(plan.pair)} steps."
         yield f"Teacher: {pair.teacher_steps} steps, cross-entropy {line['teacher_ce']:.3f} nats."
     yield ""
     if figures.arms(results, drawn / f"mapping_{plan.pair}.png"):

@@ -117,9 +117,8 @@ class Results:
         steps = sum(line["race_steps"] for line in lines) / len(lines)
         before = sum(line["before"] for line in lines) / len(lines)
         whole = sum(line["cpu"] for line in lines) / len(lines)
-        told = (
-            f"Race: {steps:.0f} steps beside {self.plan.settings.steps}, {before:.1f} CPU seconds "
-        )
+        usual = self.plan.settings.steps_of(self.plan.pair)
+        told = f"Race: {steps:.0f} steps beside {usual}, {before:.1f} CPU seconds "
         told += f"of {whole:.1f} with calibration."
         found = self.versus("auto_race", "best hand at race cost")
         if found is not None:

@@ -45,7 +45,7 @@ def test_models_then_maps_then_weights(plan: Plan) -> None:
         plan.lines.add(*_done(job))
     jobs = plan.pending()
     assert {job.seed for job in jobs if job.mapping} == {0, 1}
-    assert {job.weight for job in jobs if job.mapping} == {1.0, 3.0, 10.0}
+    assert {job.weight for job in jobs if job.mapping} == {0.3, 1.0, 3.0, 10.0}
     assert sum(job.mode == "race" for job in jobs) == 8
 
 
@@ -120,14 +120,14 @@ def test_only_arms_that_were_asked_for(settings: Settings, lines: Lines) -> None
     plan = Plan(settings, "a", lines, ("none", "last"), 2)
     finish(plan, kl)
     runs = [job for job in lines.every() if job["kind"] == "run"]
-    # none on 2 seeds, last at 3 weights on 2 seeds
-    assert len(runs) == 2 + 6
+    # none on 2 seeds, last at 4 weights on 2 seeds
+    assert len(runs) == 2 + 8
 
 
 def test_how_much_there_is_to_do(plan: Plan) -> None:
     finish(plan, kl)
     runs = [line for line in plan.lines.every() if line["kind"] == "run"]
-    assert 150 < len(runs) < 230
+    assert 180 < len(runs) < 260
     assert len(HAND) + len(DATA) == 15
 
 
