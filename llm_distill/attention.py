@@ -7,7 +7,7 @@ a gradient.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -46,6 +46,30 @@ class Heads:
     softcap: float | None = None
     value: Tensor | None = None
     whole_query: Tensor | None = None
+
+    def part(self, sequences: slice, places: int, length: int) -> Heads:
+        """Some sequences, without the padding of others.
+
+        Args:
+            sequences: Of the batch.
+            places: R that is left.
+            length: T that is left.
+        """
+
+        def cut(vectors: Tensor | None, size: int) -> Tensor | None:
+            return None if vectors is None else vectors[sequences, :, :size]
+
+        mask = self.mask
+        if mask is not None:
+            mask = (mask if len(mask) == 1 else mask[sequences])[:, :, :places, :length]
+        return replace(
+            self,
+            query=self.query[sequences, :, :places],
+            key=self.key[sequences, :, :length],
+            mask=mask,
+            value=cut(self.value, length),
+            whole_query=cut(self.whole_query, length),
+        )
 
     def maps(self, queries: Queries) -> Tensor:
         """Attention probabilities of the asked rows, no dropout, fp32 or better: `[n, H, T]`.

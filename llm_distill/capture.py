@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftModel
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from llm_distill.attention_tap import Tap, clear, discover, install, mark
+from llm_distill.lm_head import head_of
+from llm_distill.placement.joining import joined, parts
+from llm_distill.placement.sharding import run_backbone
 from llm_distill.signals import (
     Dense,
     Factored,
@@ -28,11 +29,12 @@ from llm_distill.signals import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedModel
 
     from llm_distill.attention import Heads
+    from llm_distill.placement.spreading import Spread
     from llm_distill.rows import Batch
 
 PROBE_TOKENS = 8
@@ -58,8 +60,16 @@ class Reader:
         request: What it was made for.
     """
 
-    def __init__(self, model: nn.Module, request: Request, name: str) -> None:
+    def __init__(
+        self, model: nn.Module, request: Request, name: str, *, spread: Spread | None = None
+    ) -> None:
         """Bind, and refuse what the model cannot give.
+
+        Args:
+            model: A transformers or PEFT model.
+            request: What will be read.
+            name: For messages.
+            spread: The processes that compute its layers together, where there are several.
 
         Raises:
             ValueError: Naming the model, the signal and the layer.
@@ -67,6 +77,7 @@ class Reader:
         self.name = name
         self.request = request
         self._model = model
+        self._spread = spread
         _refuse_prompts(model, name)
         refuse_layers(request, ModelSpec.of(plain(model).config, name))
         self._taps: dict[int, Tap] = {}
@@ -79,15 +90,34 @@ class Reader:
             batch: Inputs and rows.
             extra: Asked besides, for this batch alone (logits for an evaluation).
         """
+        return self.read_all([batch], extra=extra)[0]
+
+    def read_all(self, batches: Sequence[Batch], *, extra: Request | None = None) -> list[Signals]:
+        """Run the backbone once on several batches, side by side; signals of each.
+
+        Args:
+            batches: Inputs and rows.
+            extra: As for `read`.
+        """
         request = self.request if extra is None else self.request | extra
-        caught, last = self._run(batch.inputs, batch, request)
-        hidden = {layer: caught.hidden_states[layer] for layer in request.hidden}
-        heads = {layer: self._caught(layer) for layer in request.heads}
-        distribution: Whole | None = None
-        if request.logits:
-            rows = last.flatten(0, 1).index_select(0, batch.supervised.index)
-            distribution = self._distribution(rows)
-        return Signals(self.name, distribution, hidden, heads)
+        batch = joined(batches)
+        wide = batch if self._spread is None else self._spread.widened(batch)
+        caught, last = self._run(wide.inputs, wide, request)
+        hidden = {layer: self._own(caught.hidden_states[layer], batch) for layer in request.hidden}
+        # In order: under tensor parallelism each layer is an exchange that all take part in.
+        heads = {layer: self._caught(layer, batch) for layer in sorted(request.heads)}
+        last = self._own(last, batch)
+        head = head_of(plain(self._model)) if request.logits else None
+        found = []
+        for part, sequences, places, length in parts(batches):
+            whole: Whole | None = None
+            if head is not None:
+                rows = last[sequences, :length].flatten(0, 1)
+                whole = self._distribution(rows.index_select(0, part.supervised.index), head)
+            states = {layer: state[sequences, :length] for layer, state in hidden.items()}
+            attention = {k: value.part(sequences, places, length) for k, value in heads.items()}
+            found.append(Signals(self.name, whole, states, attention))
+        return found
 
     def full_logits(self, batch: Batch) -> Tensor:
         """Logits of every position `[B, T, V]`, as `compute_metrics` expects them."""
@@ -108,12 +138,11 @@ class Reader:
         options: dict[str, Any] = (
             {"output_hidden_states": sorted(request.hidden)} if request.hidden else {}
         )
-        backbone = cast("PreTrainedModel", plain(self._model).base_model)
+        model = plain(self._model)
         inputs = {key: value for key, value in inputs.items() if self._takes(key)}
-        if backbone.config.is_encoder_decoder or not hasattr(backbone.config, "use_cache"):
-            outputs = backbone(**inputs, **options)
-        else:
-            outputs = backbone(**inputs, use_cache=False, **options)
+        if not model.config.is_encoder_decoder and hasattr(model.base_model.config, "use_cache"):
+            options["use_cache"] = False
+        outputs = run_backbone(model)(**inputs, **options)
         for tap in self._taps.values():
             tap.open = False
         return outputs, cast("Tensor", outputs.last_hidden_state)
@@ -125,22 +154,24 @@ class Reader:
         loose = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
         return name in parameters or (loose and name != "position_ids")
 
-    def _caught(self, layer: int) -> Heads:
-        """What the tap of one block caught in this forward."""
+    def _own(self, states: Tensor, batch: Batch) -> Tensor:
+        """States of this process's sequences."""
+        return states if self._spread is None else self._spread.own(states, batch)
+
+    def _caught(self, layer: int, batch: Batch) -> Heads:
+        """What the tap of one block caught in this forward, of this process's sequences."""
         heads = self._taps[layer].caught
         if heads is None:
             raise RuntimeError(f"{self.name}: block {layer} ran without handing over its attention")
         self._taps[layer].caught = None
-        return heads
+        return heads if self._spread is None else self._spread.own_heads(heads, batch)
 
-    def _distribution(self, rows: Tensor) -> Whole:
+    def _distribution(self, rows: Tensor, head: Head) -> Whole:
         """Rows and head; dense logits where the head's weights are not in memory."""
-        model = plain(self._model)
-        output = cast("nn.Module", model.get_output_embeddings())
+        output = cast("nn.Module", plain(self._model).get_output_embeddings())
         if any(p.is_meta for p in output.parameters()):
-            head = head_of(model)
             return Dense(head.finish(output(head.features(rows))))
-        return Factored(rows, head_of(model))
+        return Factored(rows, head)
 
     @torch.no_grad()
     def _probe(self) -> None:
@@ -168,7 +199,7 @@ class Reader:
     def _find_taps(self, model: PreTrainedModel) -> dict[int, Tap]:
         """Marks on the attention modules of the requested blocks."""
         install(model)
-        found = discover(model, lambda: model.base_model(**_probe_inputs(model)))
+        found = discover(model, lambda: run_backbone(model)(**_probe_inputs(model)))
         missing = sorted(self.request.heads - found.keys())
         if missing:
             raise ValueError(
@@ -184,7 +215,7 @@ class Reader:
     ) -> None:
         """Compare our reading of the head with the model's own logits."""
         expected = model(**inputs).logits[0].float()
-        ours = self._distribution(last[0]).logits(slice(None)).float()
+        ours = self._distribution(last[0], head_of(model)).logits(slice(None)).float()
         bound = 1e-3 if last.dtype in (torch.float32, torch.float64) else 5e-2
         if ours.shape != expected.shape or (
             ours - expected
@@ -195,41 +226,6 @@ class Reader:
                 "soft cap, so its logits cannot be computed row by row; use HiddenStates and "
                 "AttentionMaps with it"
             )
-
-
-def head_of(model: PreTrainedModel) -> Head:
-    """The language-model head of a model: weight, bias, scale, soft cap, and what comes before it.
-
-    Raises:
-        ValueError: If there is no head, or if an adapter sits on it.
-    """
-    output = cast("nn.Module | None", model.get_output_embeddings())
-    if isinstance(output, ModulesToSaveWrapper):
-        output = output.modules_to_save[output.active_adapters[0]]
-    if not isinstance(output, nn.Linear):
-        what = (
-            "no language-model head" if output is None else f"a {type(output).__name__} as its head"
-        )
-        raise ValueError(
-            f"{type(model).__name__} has {what}; logits need a plain linear head (for LoRA, take "
-            "the head out of "
-            "target_modules, or put it into modules_to_save)"
-        )
-    config = model.config.get_text_config(decoder=True)
-    division = getattr(config, "logits_scaling", None)
-    scale = getattr(config, "logit_scale", None)
-    return Head(
-        weight=_gathered(output.weight),
-        bias=None if output.bias is None else _gathered(output.bias),
-        scale=1.0 / float(division) if division else float(scale) if scale else 1.0,
-        softcap=getattr(config, "final_logit_softcapping", None),
-        transform=_transform_of(model),
-    )
-
-
-def _gathered(parameter: Tensor) -> Tensor:
-    """A parameter whole, differentiably, where its shards lie on several ranks."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def _refuse_prompts(model: nn.Module, name: str) -> None:
@@ -267,13 +263,6 @@ def refuse_layers(request: Request, spec: ModelSpec) -> None:
                 f"{spec.name}: block {layer} is out of range 1..{spec.depth} (the embedding has no "
                 "heads)"
             )
-
-
-def _transform_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor] | None:
-    """The layers between backbone and head that BERT and its kin have."""
-    predictions = getattr(getattr(model, "cls", None), "predictions", None)
-    transform = getattr(predictions, "transform", None)
-    return cast("Callable[[Tensor], Tensor] | None", transform)
 
 
 def _probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -179,6 +179,7 @@ def prepare_run(
         found,
     )
     _check_training_data(run, args)
+    master.check(run.opening_request, args.device)
     return run
 
 

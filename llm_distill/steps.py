@@ -54,6 +54,8 @@ class StepTrainer(StudentTrainer):
             samples += [self._silent(samples[-1])] * (num_batches - len(samples))
             if self.distiller.balance.asks(self._together) and not self._alone:
                 self._rehearse(samples, cast("Tensor", items))
+            if binding.teacher_request(self.run.terms) != Request():
+                self._source.prepare([self._batch(inputs).for_teacher for inputs in samples])
         return samples, items
 
     def _silent(self, inputs: dict[str, Any]) -> dict[str, Any]:

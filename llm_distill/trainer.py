@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -92,6 +93,7 @@ class DistillTrainer(StepTrainer):
                 "nn.Module", get_peft_model(cast("PreTrainedModel", student), peft_config)
             )
         self._source = run.teacher.open(run.opening_request, args.device)
+        run = replace(run, told=(*run.told, *self._source.told))
         make = partial(DistillTrainer, rows_per_chunk=chunk, balance=balance)
         asked, run = run, calibrate(run, student, self._source, args, make)
         self.run = run

@@ -27,7 +27,7 @@ from llm_distill.trainer import DistillTrainer
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from transformers import TrainingArguments
+    from transformers import PreTrainedModel, TrainingArguments
 
     from llm_distill.cli.console import Screen
     from llm_distill.cli.plan import Plan
@@ -65,11 +65,25 @@ class Watched:
     source: Source
     tick: Callable[[], object]
 
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """The teacher's."""
+        return self.source.model
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """The teacher's."""
+        return self.source.told
+
     def __call__(self, batch: Batch) -> Signals:
         """What the teacher says."""
         signals = self.source(batch)
         self.tick()
         return signals
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """As the teacher."""
+        self.source.prepare(batches)
 
     def ask(self, request: Request) -> None:
         """As the teacher."""

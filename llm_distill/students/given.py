@@ -50,6 +50,11 @@ def student_spec(student: Student, teacher: PreTrainedConfig) -> ModelSpec:
     if isinstance(student, FromTeacher):
         return ModelSpec.of(_checked(student, teacher), str(student))
     spec = as_local(student)
+    if spec.shard not in ("auto", "replica"):
+        raise InputError(
+            f"student {spec.name}: shard={spec.shard!r} is for teachers; a student is sharded by "
+            "the launch (recipes/accelerate/fsdp2.yaml): leave shard out"
+        )
     found = Provenance.read(spec.config)
     whole = teacher.get_text_config(decoder=True).num_hidden_layers
     fits = found is not None and found.of == whole

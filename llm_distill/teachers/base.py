@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -13,16 +15,24 @@ if TYPE_CHECKING:
 
 
 class Source(Protocol):
-    """A teacher at work.
+    """A teacher at work."""
 
-    Attributes:
-        model: The weights it holds in this process; None where it has none.
-    """
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """The weights it holds in this process; None where it has none."""
 
-    model: PreTrainedModel | None
+    @property
+    def told(self) -> tuple[str, ...]:
+        """What was settled when it was opened, for the log."""
 
     def __call__(self, batch: Batch) -> Signals:
         """What the teacher says about a batch, without gradients."""
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """Hear of the micro-batches of the coming step, which it will be asked about one by one.
+
+        A chance to answer all at once; it may do nothing.
+        """
 
     def ask(self, request: Request) -> None:
         """From now on give these signals only, of those it was opened for.
@@ -49,6 +59,17 @@ class Teacher(Protocol):
 
     def find_tokenizer(self) -> Any | None:  # noqa: ANN401  transformers has no common base that types
         """Its tokenizer, or None where it is not known."""
+
+    def check(self, request: Request, device: torch.device) -> None:
+        """Refuse what cannot work, before any weights load.
+
+        Args:
+            request: What it will be asked for.
+            device: Where this process trains.
+
+        Raises:
+            InputError: Saying what was asked, what there is, and what to write instead.
+        """
 
     def open(self, request: Request, device: torch.device) -> Source:
         """Load.

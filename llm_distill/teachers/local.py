@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_distill import loading
-from llm_distill.capture import Reader, plain
+from llm_distill.capture import plain
 from llm_distill.errors import InputError
+from llm_distill.placement import (
+    SHARDS,
+    Facts,
+    Placement,
+    Shard,
+    Spread,
+    choose,
+    facts_of,
+    launched,
+    load_sharded,
+)
 from llm_distill.signals import (
-    Dense,
-    Distribution,
-    Factored,
-    Head,
     ModelSpec,
     Request,
-    Signals,
 )
 
 if TYPE_CHECKING:
-    from llm_distill.attention import Heads
-    from llm_distill.rows import Batch
+    import torch
+    from torch import nn
+from llm_distill.teachers.local_source import LocalSource
+
+WHOLE = Placement("replica")
+"""Of a model that lies where its one process trains, or where it was put before."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +50,22 @@ class Local:
         revision: Branch, tag or commit on the Hub.
         trust_remote_code: Run code from the repository of this model; never by default.
         device_map: As in transformers, over CPU, disk, or the GPUs of one process.
+        shard: How a teacher lies on several processes. `replica`: whole on each. `fsdp2`: each
+            keeps a piece of every block, and blocks are gathered one at a time; `hsdp`: the same
+            inside each machine, with a copy on every machine; `tp`: the processes of a machine
+            compute each layer together. `auto`: whole where that takes at most half of the free
+            memory, else in pieces inside each machine; in one process over its device, memory and
+            disk.
+        shard_size: Processes that share a copy (`hsdp`) or a layer (`tp`); by default those of a
+            machine.
+        once_per_step: Whether a teacher reads all micro-batches of a step at once, which gathers
+            its pieces once a step. It takes the activations of so many more sequences, and what it
+            says of them is kept until they are trained on.
         attn_implementation: As in transformers.
 
     Raises:
-        InputError: If the model is neither a name nor a transformers model, or for an unknown
-            dtype.
+        InputError: If the model is neither a name nor a transformers model, for an unknown dtype,
+            or for a loaded model, or one with a `device_map`, that shall lie in pieces.
     """
 
     model: str | PreTrainedModel
@@ -55,6 +74,9 @@ class Local:
     revision: str | None = None
     trust_remote_code: bool = False
     device_map: str | Mapping[str, Any] | None = None
+    shard: Shard = "auto"
+    shard_size: int | None = None
+    once_per_step: bool = False
     attn_implementation: str | None = None
 
     def __post_init__(self) -> None:
@@ -69,6 +91,24 @@ class Local:
         if self.dtype is not None:
             dtype = loading.dtype_name(self.dtype, "Local", allowed=("auto", *loading.DTYPES))
             object.__setattr__(self, "dtype", dtype)
+        self._check_shard()
+
+    def _check_shard(self) -> None:
+        """Refuse pieces that nobody could make."""
+        if self.shard not in SHARDS:
+            raise InputError(f"Local: shard is {self.shard!r}; write one of {', '.join(SHARDS)}")
+        if self.shard == "auto" and self.shard_size is None:
+            return
+        if not isinstance(self.model, str):
+            raise InputError(
+                f"Local: shard={self.shard!r} is for models that are loaded here, piece by piece, "
+                "and this one is loaded; give its id or path"
+            )
+        if self.device_map is not None:
+            raise InputError(
+                f"Local: shard={self.shard!r} and device_map={self.device_map!r} both say where "
+                "the weights go; leave one of them out"
+            )
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -113,29 +153,29 @@ class Local:
         return found
 
     def load(
-        self, request: Request | None = None, *, default_dtype: str = "auto"
+        self,
+        request: Request | None = None,
+        *,
+        default_dtype: str = "auto",
+        device_map: str | Mapping[str, Any] | None = None,
     ) -> PreTrainedModel:
-        """The model; with a request, without the head and upper blocks it does not need."""
+        """The model, whole; with a request, without the head and upper blocks it does not need."""
         if not isinstance(self.model, str):
             return self.model
-        config = self.config if request is None else loading.cut_above(self.config, request)
         return loading.load_model(
             self.model,
-            config,
+            self._config_for(request),
             dtype=self.dtype or default_dtype,
             backbone=request is not None and not request.logits,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-            device_map=self.device_map,
-            attn_implementation=self.attn_implementation,
+            device_map=self.device_map or device_map,
+            **self._options,
         )
 
-    def open(self, request: Request, device: torch.device) -> LocalSource:
-        """Load for teaching.
+    def check(self, request: Request, device: torch.device) -> None:
+        """Refuse a placement that this launch or the model does not allow.
 
         Raises:
-            InputError: For a `device_map` under several processes.
-            ValueError: If the model cannot give a signal.
+            InputError: Naming the teacher, and what to write instead.
         """
         if self.device_map is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError(
@@ -143,79 +183,65 @@ class Local:
                 "put every process's "
                 "copy on the same devices; leave device_map out, or start one process"
             )
-        model = self.load(request)
-        if self.device_map is None and getattr(model, "hf_device_map", None) is None:
-            cast("nn.Module", model).to(device)
-        return LocalSource(model, request, self.name, device)
+        self._placed(request, device)
 
+    def open(self, request: Request, device: torch.device) -> LocalSource:
+        """Load for teaching.
 
-class LocalSource:
-    """A frozen model at work.
-
-    Args:
-        model: Set to evaluation mode and frozen here.
-        request: What is read from it.
-        name: For messages.
-        device: Where the signals are wanted.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, request: Request, name: str, device: torch.device
-    ) -> None:
-        self.model: PreTrainedModel | None = model.eval().requires_grad_(requires_grad=False)
-        self.device, self._name = device, name
-        self._reader: Reader | None = None
-        self.ask(request)
-
-    @torch.no_grad()
-    def __call__(self, batch: Batch) -> Signals:
-        """Signals of one batch, on the device of the training."""
-        if self._reader is None:
-            raise RuntimeError("this teacher was closed; open it again")
-        signals = self._reader.read(batch)
-        self._reader.release()
-        return moved(signals, self.device)
-
-    def ask(self, request: Request) -> None:
-        """From now on give these signals only, of those it was opened for."""
-        if self.model is None:
-            raise RuntimeError("this teacher was closed; open it again")
-        self._reader = Reader(self.model, request, f"teacher {self._name}")
-
-    def close(self) -> None:
-        """Let the weights go; twice is once."""
-        self.model = self._reader = None
-
-
-def moved(signals: Signals, device: torch.device) -> Signals:
-    """The same signals on a device; no copy where they are there already."""
-
-    def to(tensor: Tensor | None) -> Any:  # noqa: ANN401  None stays None
-        return None if tensor is None else tensor.to(device)
-
-    def distribution(value: Distribution | None) -> Distribution | None:
-        if value is None:
-            return None
-        if isinstance(value, Dense):
-            return Dense(to(value.values))
-        if not isinstance(value, Factored):
-            return value.to(device)
-        head: Head = replace(value.head, weight=to(value.head.weight), bias=to(value.head.bias))
-        return Factored(to(value.hidden), head)
-
-    def heads(value: Heads) -> Heads:
-        return replace(
-            value,
-            query=to(value.query),
-            key=to(value.key),
-            mask=to(value.mask),
-            value=to(value.value),
-            whole_query=to(value.whole_query),
+        Raises:
+            InputError: As `check`.
+            ValueError: If the model cannot give a signal.
+        """
+        self.check(request, device)
+        placement, facts = self._placed(request, device)
+        told = () if placement == WHOLE else (placement.describe(facts),)
+        spread = None
+        if placement.pieces > 1:
+            model = load_sharded(
+                str(self.model),
+                self._config_for(request),
+                placement,
+                facts,
+                dtype=self.dtype or "auto",
+                backbone=not request.logits,
+                **self._options,
+            )
+            spread = Spread.of(model) if placement.tp > 1 else None
+        else:
+            offload = "auto" if placement.kind == "offload" else None
+            model = self.load(request, device_map=offload)
+            if getattr(model, "hf_device_map", None) is None:
+                cast("nn.Module", model).to(device)
+        return LocalSource(
+            model, request, self.name, device, spread=spread, told=told, ahead=self.once_per_step
         )
 
-    return Signals(
-        signals.source,
-        distribution(signals.distribution),
-        {layer: to(state) for layer, state in signals.states.items()},
-        {layer: heads(value) for layer, value in signals.attention.items()},
-    )
+    def _placed(self, request: Request, device: torch.device) -> tuple[Placement, Facts]:
+        """Where the weights go, and what that depends on. A collective."""
+        if not isinstance(self.model, str) or self.device_map is not None:
+            return WHOLE, Facts(self.name, 0)
+        launch = launched(device)
+        if launch.world == 1 and self.shard == "replica":
+            return WHOLE, Facts(self.name, 0)
+        facts = facts_of(
+            self._config_for(request),
+            self.name,
+            dtype=self.dtype or "auto",
+            trust_remote_code=self.trust_remote_code,
+        )
+        placement = choose(self.shard, self.shard_size, facts, launch)
+        whole = placement.kind == "replica" and launch.world == 1
+        return WHOLE if whole else placement, facts
+
+    def _config_for(self, request: Request | None) -> PreTrainedConfig:
+        """The config, without the blocks that a request does not need."""
+        return self.config if request is None else loading.cut_above(self.config, request)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """For `from_pretrained`."""
+        return {
+            "revision": self.revision,
+            "trust_remote_code": self.trust_remote_code,
+            "attn_implementation": self.attn_implementation,
+        }

@@ -18,7 +18,7 @@ from llm_distill.layers import last
 from llm_distill.objectives import AttentionMaps, QueryPlan, Relations
 from llm_distill.rows import Step
 from llm_distill.signals import ModelSpec, Request
-from llm_distill.teachers.local import LocalSource
+from llm_distill.teachers.local_source import LocalSource
 from scripts.bench.arms import Answer, Arm, Benchmark
 from scripts.bench.models import Models
 

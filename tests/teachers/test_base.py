@@ -1,5 +1,6 @@
 """The contract of teachers: what has it is one, whatever its class."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,15 @@ class Table:
     """A source that knows one distribution only."""
 
     closed = False
+    model = None
+    told = ()
 
     def __call__(self, batch: Batch) -> Signals:
         logits = torch.linspace(0, 3, tiny.VOCABULARY).expand(len(batch.supervised), -1)
         return Signals("table", Dense(logits))
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        del batches
 
     def ask(self, request: Request) -> None:
         if request.hidden or request.heads:
@@ -43,6 +49,9 @@ class Unigram:
 
     def find_tokenizer(self) -> Any | None:
         return None
+
+    def check(self, request: Request, device: torch.device) -> None:
+        assert request == Request(logits=True)
 
     def open(self, request: Request, device: torch.device) -> Source:
         del device

@@ -17,7 +17,7 @@ from llm_distill.errors import InputError
 from llm_distill.objectives import QueryPlan
 from llm_distill.rows import Batch
 from llm_distill.signals import Dense, Factored, Request
-from llm_distill.teachers.local import LocalSource, moved
+from llm_distill.teachers.local_source import LocalSource, moved
 from tests import on_disk, tiny
 
 CPU = torch.device("cpu")

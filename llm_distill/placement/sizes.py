@@ -1,0 +1,56 @@
+"""What a config tells of a model's size and shape, without a weight."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+from llm_distill import blocks, loading
+from llm_distill.errors import InputError
+from llm_distill.kinds import is_masked
+from llm_distill.placement.choice import Facts
+from llm_distill.signals import ModelSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def facts_of(
+    config: PreTrainedConfig, name: str, *, dtype: str = "auto", trust_remote_code: bool = False
+) -> Facts:
+    """What a placement depends on.
+
+    Args:
+        config: Of the model, perhaps cut.
+        name: For messages.
+        dtype: Of the weights as they will load; `auto`: as the config says.
+        trust_remote_code: Whether its class may come from its repository.
+    """
+    model = skeleton(config, trust_remote_code=trust_remote_code)
+    kind = config.dtype if dtype == "auto" else dtype
+    kind = getattr(torch, kind) if isinstance(kind, str) else kind
+    width = torch.float32.itemsize if kind is None else kind.itemsize
+    unique = {id(p): p.numel() for p in model.parameters()}
+    spec = ModelSpec.of(config, name)
+    try:
+        path: str | None = blocks.find(model)
+    except InputError:
+        path = None
+    return Facts(
+        name=name,
+        size=sum(unique.values()) * width,
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        splits=bool(model.tp_plan),
+        blocks=path,
+    )
+
+
+def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a config with its head, on no device: names and shapes alone."""
+    auto: Any = AutoModelForMaskedLM if is_masked(config) else AutoModelForCausalLM
+    with torch.device("meta"), loading.quiet():
+        model: PreTrainedModel = auto.from_config(config, trust_remote_code=trust_remote_code)
+    return model

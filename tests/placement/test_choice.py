@@ -1,0 +1,100 @@
+"""Where a teacher goes: a table of sizes and launches, and what is refused before weights load."""
+
+from typing import Any
+
+import pytest
+
+from llm_distill.errors import InputError
+from llm_distill.placement import Facts, Launch, Placement, choose
+
+GB = 10**9
+NODE = Launch(world=8, local=8, device="cuda", free=79 * GB)
+TWO = Launch(world=16, local=8, device="cuda", free=79 * GB)
+ONE = Launch(free=79 * GB)
+
+
+def model(size: int = GB, **changes: Any) -> Facts:
+    given: dict[str, Any] = {"heads": 32, "kv_heads": 8, "splits": True, "blocks": "model.layers"}
+    return Facts("m", size, **given | changes)
+
+
+@pytest.mark.parametrize(
+    ("size", "launch", "kind", "numbers"),
+    [
+        (15 * GB, ONE, "replica", (1, 1, 1)),
+        (15 * GB, NODE, "replica", (1, 8, 1)),
+        (39 * GB, NODE, "replica", (1, 8, 1)),
+        (40 * GB, NODE, "fsdp2", (8, 1, 1)),
+        (141 * GB, NODE, "fsdp2", (8, 1, 1)),
+        (141 * GB, TWO, "hsdp", (8, 2, 1)),
+        (141 * GB, ONE, "offload", (1, 1, 1)),
+        # One process on each of four machines: there is nobody inside a machine to share with.
+        (141 * GB, Launch(world=4, local=1, free=79 * GB), "fsdp2", (4, 1, 1)),
+    ],
+)
+def test_automatic(size: int, launch: Launch, kind: str, numbers: tuple[int, int, int]) -> None:
+    placed = choose("auto", None, model(size), launch)
+    assert placed.kind == kind
+    assert (placed.fsdp, placed.replicas, placed.tp) == numbers
+    assert "free" in placed.reason
+
+
+@pytest.mark.parametrize(
+    ("shard", "size", "launch", "numbers"),
+    [
+        ("replica", None, NODE, (1, 8, 1)),
+        ("fsdp2", None, TWO, (16, 1, 1)),
+        ("hsdp", None, TWO, (8, 2, 1)),
+        ("hsdp", 4, NODE, (4, 2, 1)),
+        ("tp", None, NODE, (1, 1, 8)),
+        ("tp", None, TWO, (2, 1, 8)),
+        ("tp", 2, NODE, (4, 1, 2)),
+    ],
+)
+def test_as_asked(shard: Any, size: int | None, launch: Launch, numbers: Any) -> None:
+    placed = choose(shard, size, model(), launch)
+    assert (placed.fsdp, placed.replicas, placed.tp) == numbers
+    if shard != "replica":
+        assert placed.fsdp * placed.replicas * placed.tp == launch.world
+
+
+@pytest.mark.parametrize(
+    ("shard", "size", "facts", "launch", "message"),
+    [
+        ("fsdp2", None, model(), ONE, "spreads it over processes and there is one; start several"),
+        ("tp", None, model(), ONE, "or write device_map: auto"),
+        ("auto", 2, model(), NODE, "shard_size=2 without a shard"),
+        ("fsdp2", 4, model(), NODE, "takes no shard_size .4.; leave it out, or write shard: hsdp"),
+        ("hsdp", 3, model(), NODE, "3 of 8 processes to a copy; write shard_size: 2 or 4 or 8"),
+        ("hsdp", None, model(), NODE, "one machine with 8 processes; write shard: fsdp2"),
+        (
+            "hsdp",
+            6,
+            model(),
+            Launch(world=12, local=4, free=GB),
+            "do not fit 4 on each machine; write shard_size: 4",
+        ),
+        ("tp", None, model(splits=False), NODE, "no tensor-parallel plan for it; write shard: fsd"),
+        ("tp", None, model(kv_heads=4), NODE, "8 processes cannot share its 4 key and value heads"),
+        ("tp", None, model(kv_heads=4), NODE, "write shard_size: 4, or shard: fsdp2"),
+        ("tp", None, model(heads=25, kv_heads=25), NODE, "its 25 query heads; write shard: fsdp2"),
+        ("fsdp2", None, model(blocks=None), NODE, "blocks are not to be found"),
+        ("auto", None, model(90 * GB, blocks=None), NODE, "write shard: replica to load it whole"),
+    ],
+)
+def test_refused(shard: Any, size: int | None, facts: Facts, launch: Launch, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        choose(shard, size, facts, launch)
+
+
+def test_what_is_told() -> None:
+    placed = choose("auto", None, model(141 * GB), TWO)
+    assert placed.describe(model(141 * GB)) == (
+        "teacher m: 141.0 GB, hsdp, 17.6 GB on each of 8 processes x 2 copies (whole it would take "
+        "more than half of 79.0 GB free on cuda)"
+    )
+    both = Placement("tp", fsdp=4, tp=2, reason="as asked")
+    assert "0.1 GB on each of 2 x 4 processes (as asked)" in both.describe(model())
+    assert Placement("replica", reason="as asked").describe(model(3_000_000)) == (
+        "teacher m: 3.0 MB, replica (as asked)"
+    )

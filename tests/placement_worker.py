@@ -1,0 +1,134 @@
+"""Trains beside a teacher in pieces, and watches it; started alone or by torchrun.
+
+Usage: python -m tests.placement_worker ENGINE FOLDER CELL...   (ENGINE: one, ddp, fsdp2)
+
+A cell is MODEL:SHARD[:SIZE], such as llama:tp:2; with :step behind it there are micro-batches of
+one sequence, and the teacher reads those of a step at once.
+"""
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests import tiny
+from tests.exactness_worker import EMPTY, whole
+from tests.fsdp2_on_cpu import fsdp2_on_cpu
+from tests.launch import finish
+
+
+def objectives() -> list[Any]:
+    """Logits, hidden states with a projector, attention maps and relations."""
+    from llm_distill import AttentionMaps, CrossEntropy, HiddenStates, Logits, Relations
+    from llm_distill.layers import uniform
+
+    return [
+        CrossEntropy(weight=0.5),
+        Logits(temperature=2.0),
+        HiddenStates(weight=0.5, layers=uniform, init="random", gate=False),
+        AttentionMaps(queries=5, rows="valid", layers=uniform),
+        Relations(weight=0.1, queries=5, rows="valid", layers=uniform),
+    ]
+
+
+def student(kind: str) -> Any:
+    """Of the same kind of model, smaller."""
+    makers = {"gpt2": lambda: tiny.gpt2(depth=2), "bert": lambda: tiny.bert(depth=2)}
+    return makers.get(kind, lambda: tiny.llama("student"))()
+
+
+class Watch:
+    """How often a teacher runs, and what it has gathered while it does."""
+
+    def __init__(self, model: Any) -> None:
+        """Look whenever a block is about to run; FSDP's own hook came before."""
+        from llm_distill import blocks
+
+        self._model, self._seen = model, {"forwards": 0, "live": 0, "block": 0}
+        for place, layer in enumerate(model.get_submodule(blocks.find(model))):
+            layer.register_forward_pre_hook(partial(self._look, first=place == 0))
+
+    def _look(self, module: Any, inputs: Any, *, first: bool) -> None:
+        """Before a block."""
+        del inputs
+        self._seen["forwards"] += first
+        for name, looked in (("live", self._model), ("block", module)):
+            self._seen[name] = max(self._seen[name], gathered(looked))
+
+    def told(self) -> dict[str, int]:
+        """What was seen, and how large the head is."""
+        head = self._model.get_output_embeddings().weight
+        return self._seen | {"head": head.numel() * head.element_size()}
+
+
+def gathered(model: Any) -> int:
+    """Bytes of weights that are whole here."""
+    from torch.distributed.tensor import DTensor
+
+    plain = [p for p in model.parameters() if not isinstance(p, DTensor)]
+    stores = {p.untyped_storage().data_ptr(): p.numel() * p.element_size() for p in plain}
+    return sum(stores.values())
+
+
+def train(folder: Path, cell: str) -> dict[str, Any]:
+    """Three steps over 8 rows a step, whatever the ranks; weights, and what was seen."""
+    from llm_distill import DistillTrainer, Local
+
+    kind, shard, *more = cell.split(":")
+    ahead, sizes = "step" in more, [int(word) for word in more if word.isdigit()]
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    batch = 1 if ahead else 8 // ranks
+    args = tiny.arguments(
+        folder / "out",
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=8 // ranks // batch,
+    )
+    asked: Any = shard
+    size = sizes[0] if sizes else None
+    teacher = Local(str(folder / kind), shard=asked, shard_size=size, once_per_step=ahead)
+    trainer = DistillTrainer(
+        student(kind), teacher, objectives(), args, train_dataset=list(tiny.rows(empty=EMPTY))
+    )
+    source: Any = trainer._source
+    watch = Watch(source.model)
+    trainer.train()
+    return {"weights": whole(trainer), **_told(trainer, source)} | watch.told()
+
+
+def _told(trainer: Any, source: Any) -> dict[str, Any]:
+    """Where the teacher lies after three steps, and what runs."""
+    from torch.distributed.tensor import DTensor
+
+    from llm_distill.placement import groups, resident_bytes
+
+    model = source.model
+    every = {id(p): p.numel() * p.element_size() for p in model.parameters()}
+    return {
+        "world": trainer.args.world_size,
+        "wrapped": type(trainer.model_wrapped).__name__,
+        "groups": groups(model),
+        "resident": resident_bytes(model),
+        "whole": sum(every.values()),
+        "gathered": [n for n, p in model.named_parameters() if not isinstance(p, DTensor)],
+        "told": list(source.told),
+    }
+
+
+def main(engine: str, folder: Path, cells: list[str]) -> None:
+    """All cells in one launch."""
+    torch.set_num_threads(1)
+    if engine == "fsdp2":
+        fsdp2_on_cpu()
+    facts = {cell: train(folder, cell) for cell in cells}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        ranks = os.environ.get("WORLD_SIZE", "1")
+        torch.save(facts, folder / f"{engine}{ranks}.pt")
+    finish()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
