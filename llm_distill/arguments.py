@@ -96,6 +96,26 @@ def sharded_by(args: TrainingArguments) -> str | None:
     return None
 
 
+def check_engine(args: TrainingArguments, running: Mapping[str, bool]) -> None:
+    """Refuse a run in which Accelerate quietly took another engine than the one that was asked for.
+
+    Args:
+        args: What was asked for.
+        running: By the names of `sharded_by`, what Accelerate runs.
+
+    Raises:
+        InputError: If they differ.
+    """
+    asked = sharded_by(args)
+    if asked is None or running[asked]:
+        return
+    raise InputError(
+        f"{asked} was asked for and Accelerate does not run it, as always on a CPU: each process "
+        "would have held the whole student; start it on GPUs, or with "
+        "recipes/accelerate/ddp.yaml"
+    )
+
+
 def check_checkpointing(args: TrainingArguments) -> None:
     """Refuse reentrant checkpointing with attention maps before weights load."""
     for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):

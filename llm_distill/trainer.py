@@ -14,6 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, TrainingArguments
 
 from llm_distill import binding, race, refreshing, schedules
+from llm_distill.arguments import check_engine
 from llm_distill.balance.base import settle
 from llm_distill.calibration import calibrate
 from llm_distill.distiller import Distiller
@@ -113,6 +114,7 @@ class DistillTrainer(StepTrainer):
             args=args,
             **(run.kwargs | {"data_collator": run.collator}),
         )
+        check_engine(args, {"FSDP": self.is_fsdp_enabled, "DeepSpeed": self.is_deepspeed_enabled})
         args.ddp_find_unused_parameters = given  # the next trainer's may be others
         distiller.config.use_cache = use_cache  # Trainer's is for training, the config is for users
         self.model_accepts_loss_kwargs = True  # so that the items of a step are counted before it

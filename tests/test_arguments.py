@@ -1,16 +1,18 @@
 """Training arguments: what is refused, and which defaults are changed."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import TrainingArguments
 
-from llm_distill import Contrastive, HiddenStates, Logits, pkt
+from llm_distill import Contrastive, DistillTrainer, HiddenStates, Logits, pkt
 from llm_distill.arguments import (
     check_arguments,
     check_batches,
     check_checkpointing,
+    check_engine,
     idle_gates,
     sharded_by,
 )
@@ -188,3 +190,37 @@ class TestBatches:
             check_batches(self.terms(objective=Contrastive), args)
         monkeypatch.setattr(TrainingArguments, "world_size", 2)
         check_batches(self.terms(objective=Contrastive), args)
+
+
+@pytest.mark.parametrize(
+    ("asked", "running", "fine"),
+    [
+        ({}, (False, False), True),
+        ({"ACCELERATE_USE_FSDP": "true"}, (True, False), True),
+        ({"ACCELERATE_USE_FSDP": "true"}, (False, False), False),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, (False, True), True),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, (False, False), False),
+    ],
+)
+def test_the_engine_that_was_asked_for_is_the_one_that_runs(
+    asked: dict[str, str],
+    running: tuple[bool, bool],
+    fine: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    args = tiny.arguments(tmp_path)
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    found = dict(zip(("FSDP", "DeepSpeed"), running, strict=True))
+    with nullcontext() if fine else pytest.raises(InputError, match="Accelerate does not run it"):
+        check_engine(args, found)
+
+
+def test_fsdp_on_a_cpu_is_no_quiet_ddp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = tiny.arguments(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    models = tiny.llama("student"), tiny.llama("teacher")
+    with pytest.raises(InputError, match="FSDP was asked for and Accelerate does not run it"):
+        DistillTrainer(*models, [Logits()], args, train_dataset=tiny.rows())
