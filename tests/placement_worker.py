@@ -3,7 +3,8 @@
 Usage: python -m tests.placement_worker ENGINE FOLDER CELL...   (ENGINE: one, ddp, fsdp2)
 
 A cell is MODEL:SHARD[:SIZE], such as llama:tp:2; with :step behind it there are micro-batches of
-one sequence, and the teacher reads those of a step at once.
+one sequence, and the teacher reads those of a step at once; with :data there is a map from data,
+fitted projectors, matched heads, and an evaluation of 9 rows, which no number of ranks divides.
 """
 
 import os
@@ -33,6 +34,15 @@ def objectives() -> list[Any]:
         AttentionMaps(queries=5, rows="valid", layers=uniform),
         Relations(weight=0.1, queries=5, rows="valid", layers=uniform),
     ]
+
+
+def decided() -> list[Any]:
+    """What data decide before the training; hidden states alone are read of upper layers."""
+    from llm_distill import AttentionMaps, HiddenStates, Logits
+    from llm_distill.heads import match
+    from llm_distill.layers import last
+
+    return [Logits(), HiddenStates(gate=False), AttentionMaps(heads=match, layers=last, queries=5)]
 
 
 def student(kind: str) -> Any:
@@ -91,12 +101,20 @@ def train(folder: Path, cell: str) -> dict[str, Any]:
     size = sizes[0] if sizes else None
     teacher = Local(str(folder / kind), shard=asked, shard_size=size, once_per_step=ahead)
     trainer = DistillTrainer(
-        student(kind), teacher, objectives(), args, train_dataset=list(tiny.rows(empty=EMPTY))
+        student(kind),
+        teacher,
+        decided() if "data" in more else objectives(),
+        args,
+        train_dataset=list(tiny.rows(empty=EMPTY)),
     )
     source: Any = trainer._source
     watch = Watch(source.model)
     trainer.train()
-    return {"weights": whole(trainer), **_told(trainer, source)} | watch.told()
+    facts = {"weights": whole(trainer), **_told(trainer, source)} | watch.told()
+    if "data" in more:
+        metrics = trainer.evaluate(eval_dataset=tiny.rows(9))
+        facts["eval"] = {k: metrics[k] for k in ("eval_kl", "eval_agreement", "eval_loss")}
+    return facts
 
 
 def _told(trainer: Any, source: Any) -> dict[str, Any]:

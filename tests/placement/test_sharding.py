@@ -29,10 +29,11 @@ MODELS: dict[str, Any] = {
 TWO = {
     "ddp": [
         *("llama:auto", "llama:fsdp2", "llama:tp", "tied:fsdp2", "tied:tp", "gpt2:fsdp2"),
-        *("bert:fsdp2", "llama:fsdp2:step", "llama:tp:step"),
+        *("bert:fsdp2", "llama:fsdp2:step", "llama:tp:step", "llama:fsdp2:data", "llama:tp:data"),
     ],
     "fsdp2": ["llama:auto", "llama:fsdp2", "llama:tp", "gpt2:fsdp2", "llama:fsdp2:step"],
 }
+WHOLE = [*(f"{name}:replica" for name in MODELS), "llama:auto:step", "llama:replica:data"]
 FOUR = ["llama:hsdp:2", "llama:tp:2"]
 CELLS = [
     *((engine, 2, cell) for engine, cells in TWO.items() for cell in cells),
@@ -49,8 +50,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], A
     for name, make in MODELS.items():
         make().save_pretrained(folder / name, max_shard_size="60KB")
     worker = "tests.placement_worker", str(folder)
-    whole = [f"{name}:replica" for name in MODELS] + ["llama:auto:step"]
-    launch(worker[0], "one", worker[1], *whole)
+    launch(worker[0], "one", worker[1], *WHOLE)
     for engine, cells in TWO.items():
         launch(worker[0], engine, worker[1], *cells, ranks=2)
         launch(worker[0], engine, worker[1], *FOUR, ranks=4)
@@ -61,7 +61,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], A
 
 
 def reference(results: Any, cell: str) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = results["one", 1][f"{cell.split(':')[0]}:replica"]["weights"]
+    decided = ":data" if "data" in cell else ""
+    found = results["one", 1][f"{cell.split(':')[0]}:replica{decided}"]
+    weights: dict[str, torch.Tensor] = found["weights"]
     return weights
 
 
@@ -114,6 +116,14 @@ def test_a_teacher_may_run_once_a_step(results: Any) -> None:
         found = results[key][cell]
         assert found["forwards"] == 3
         assert deviation(found["weights"], reference(results, cell)) <= BOUND
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("cell", ["llama:fsdp2:data", "llama:tp:data"])
+def test_calibration_and_evaluation_read_all_pieces(results: Any, cell: str) -> None:
+    """What data decide is the same, and every row of an evaluation counts once."""
+    expected = results["one", 1]["llama:replica:data"]["eval"]
+    assert results["ddp", 2][cell]["eval"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_whole_models_have_no_groups() -> None:
