@@ -13,6 +13,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from llm_distill.cli import main
 from llm_distill.recipe import Recipe, document
 from tests import on_disk
+from tests.launch import launch
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -65,8 +66,10 @@ def tiny_version(recipe: Path, models: Path, out: Path) -> dict[str, Any]:
 
 
 def test_the_promised_recipes_are_there() -> None:
-    assert {"logits.yaml", "features.yaml"} <= {path.name for path in RECIPES}
-    assert [path.name for path in LAUNCHERS] == ["ddp.yaml", "fsdp2.yaml", "single.yaml"]
+    promised = {"logits.yaml", "features.yaml", "sharded_teacher.yaml"}
+    assert promised <= {path.name for path in RECIPES}
+    launchers = ["ddp.yaml", "fsdp2.yaml", "single.yaml", "two_machines.yaml"]
+    assert [path.name for path in LAUNCHERS] == launchers
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
@@ -103,6 +106,26 @@ class TestRecipes:
             assert weights.isfinite().all()
 
 
+@pytest.mark.distributed
+def test_a_teacher_in_pieces_on_two_processes(models: Path, tmp_path: Path) -> None:
+    """The sharded recipe through Accelerate's launcher, on gloo; what it tells of the pieces."""
+    recipe = ROOT / "recipes/sharded_teacher.yaml"
+    content = tiny_version(recipe, models, tmp_path / "out")
+    settings = document.read(recipe)["teacher"]["Local"]
+    teacher = {**settings, "model": str(models / "teacher"), "dtype": "float32"}
+    small = tmp_path / "sharded.yaml"
+    small.write_text(document.dump({**content, "teacher": {"Local": teacher}}))
+    launcher = tmp_path / "ddp.yaml"
+    shipped = (ROOT / "recipes/accelerate/ddp.yaml").read_text()
+    launcher.write_text(shipped.replace("use_cpu: false", "use_cpu: true"))
+    asked = ["--config_file", str(launcher), "--main_process_port", "0", "-m", "llm_distill", "run"]
+    told = launch("accelerate.commands.launch", *asked, str(small))
+    assert "fsdp2, " in told
+    assert "on each of 2 processes (as asked)" in told
+    weights = torch.nn.utils.parameters_to_vector(_parameters(tmp_path / "out"))
+    assert weights.isfinite().all()
+
+
 def _parameters(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -120,7 +143,12 @@ class TestLaunchers:
 
     @pytest.mark.parametrize(
         ("name", "kind", "processes"),
-        [("single", "NO", 1), ("ddp", "MULTI_GPU", 2), ("fsdp2", "FSDP", 2)],
+        [
+            ("single", "NO", 1),
+            ("ddp", "MULTI_GPU", 2),
+            ("fsdp2", "FSDP", 2),
+            ("two_machines", "MULTI_GPU", 16),
+        ],
     )
     def test_what_it_launches(self, name: str, kind: str, processes: int) -> None:
         loaded = load_config_from_file(str(ROOT / f"recipes/accelerate/{name}.yaml"))
