@@ -1,16 +1,11 @@
 """Signals equal what the model itself returns, on every family, padding and mode."""
 
 import copy
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -21,10 +16,9 @@ from transformers import (
 
 from llm_distill.capture import Reader, plain, predicts_next, refuse_layers
 from llm_distill.collation import RowCollator
-from llm_distill.lm_head import head_of
 from llm_distill.losses.divergences import forward_kl
 from llm_distill.losses.fused import head_pass
-from llm_distill.losses.rowwise import Nll, Tempered
+from llm_distill.losses.rowwise import Tempered
 from llm_distill.objectives import QueryPlan
 from llm_distill.preparation import make_batch
 from llm_distill.rows import Batch
@@ -294,44 +288,6 @@ def test_saved_head_module_is_read(student: Any) -> None:
     logits = Reader(adapted, Request(logits=True), "lora").read(batch).whole.logits(slice(None))
     expected = adapted(**batch.inputs).logits.flatten(0, 1)[batch.supervised.index]
     assert torch.allclose(logits, expected, atol=1e-4)
-
-
-@pytest.fixture
-def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
-    """One process, as a mesh."""
-    dist.init_process_group("gloo", f"file://{tmp_path}/ranks", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("biased", [True, False])
-def test_a_sharded_head_is_gathered_with_its_gradient(mesh: DeviceMesh, biased: bool) -> None:
-    """The pass over the head gets plain tensors, the shards their gradients."""
-    model: Any = tiny.llama("student")
-    whole = torch.nn.Linear(32, tiny.VOCABULARY, bias=biased)
-    sharded = torch.nn.Linear(32, tiny.VOCABULARY, bias=biased)
-    for name, value in whole.named_parameters():
-        sharded.register_parameter(
-            name, torch.nn.Parameter(distribute_tensor(value.detach(), mesh, [Shard(0)]))
-        )
-    losses = []
-    for layer in (whole, sharded):
-        model.lm_head = layer
-        head = head_of(model)
-        assert not isinstance(head.weight, DTensor)
-        assert (head.bias is None) is not biased
-        rows = torch.linspace(-1.0, 1.0, 5 * 32).view(5, 32)
-        student = Factored(rows, head).projection()
-        given = (student, torch.zeros(5, tiny.VOCABULARY), torch.tensor([1, 5, 2, 0, 99]))
-        loss, _ = head_pass(*given, [Nll(), Tempered()], torch.tensor([0.5, 2.0]))
-        loss.backward()
-        losses.append(float(loss.detach()))
-    assert losses[0] == losses[1]
-    for name, value in whole.named_parameters():
-        slope = sharded.get_parameter(name).grad
-        assert isinstance(slope, DTensor)
-        assert torch.equal(slope.full_tensor(), value.grad)  # type: ignore[arg-type]  # it has one
 
 
 def test_offloaded_head_gives_dense_logits(tmp_path: Any) -> None:

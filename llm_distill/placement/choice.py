@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Shard = Literal["auto", "replica", "fsdp2", "hsdp", "tp"]
+"""What may be asked for."""
 
 SHARDS: tuple[str, ...] = get_args(Shard)
+"""The same, as words."""
 
 SHARE = 0.5
 """Of a device's free memory that a whole teacher may take; the student, its optimizer and its

@@ -3,22 +3,27 @@
 import gc
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, LlamaModel, PreTrainedModel
 
-from llm_distill import Local
+from llm_distill import DistillTrainer, HiddenStates, Local, Logits, loading
 from llm_distill.binding import make_batch
 from llm_distill.collation import RowCollator
 from llm_distill.data import Collator
 from llm_distill.errors import InputError
+from llm_distill.layers import uniform
 from llm_distill.objectives import QueryPlan
+from llm_distill.placement import Launch
 from llm_distill.rows import Batch
-from llm_distill.signals import Dense, Factored, Request
-from llm_distill.teachers.local_source import LocalSource, moved
+from llm_distill.signals import Dense, Request
+from llm_distill.teachers import local
 from tests import on_disk, tiny
+
+if TYPE_CHECKING:
+    from llm_distill.teachers.local_source import LocalSource
 
 CPU = torch.device("cpu")
 ALL = Request(
@@ -190,23 +195,95 @@ class TestOpen:
             source(batch())
 
 
-class TestMoved:
-    def test_everything_moves(self, teacher: PreTrainedModel) -> None:
-        signals = Local(teacher).open(ALL, CPU)(batch())
-        there = moved(signals, torch.device("meta"))
-        assert isinstance(there.logits, Factored)
-        tensors = [there.logits.hidden, there.logits.head.weight, *there.states.values()]
-        for heads in there.attention.values():
-            tensors += [heads.query, heads.key]
-            tensors += [t for t in (heads.value, heads.whole_query) if t is not None]
-        assert len(tensors) == 2 + 3 + 4 + 2
-        assert {tensor.device.type for tensor in tensors} == {"meta"}
+DISK = {
+    "model.embed_tokens": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.layers.2": "cpu",
+    "model.layers.3": "disk",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "lm_head": "disk",
+}
 
-    def test_dense_logits_move_and_none_stays(self, teacher: PreTrainedModel) -> None:
-        signals = Local(teacher).open(Request(hidden=frozenset({1})), CPU)(batch())
-        assert moved(signals, CPU).distribution is None
-        assert moved(signals, CPU).states[1] is signals.states[1]
-        dense = type(signals)("t", Dense(torch.ones(2, 3)))
-        there = moved(dense, torch.device("meta")).logits
-        assert isinstance(there, Dense)
-        assert there.values.device.type == "meta"
+
+class TestDeviceMap:
+    def test_weights_on_disk_say_the_same(self, tmp_path: Path, teacher: PreTrainedModel) -> None:
+        """Block by block and the head; every signal, more than once."""
+        teacher.save_pretrained(tmp_path)
+        source = Local(str(tmp_path), device_map=DISK).open(ALL, CPU)
+        assert source.model is not None
+        assert sum(p.is_meta for p in source.model.parameters()) == 2 * 9 + 1
+        given, whole = batch(), Local(teacher).open(ALL, CPU)
+        for _ in range(2):
+            found, expected = source(given), whole(given)
+            assert isinstance(found.distribution, Dense)
+            logits = expected.whole.logits(slice(None))
+            torch.testing.assert_close(found.whole.logits(slice(None)), logits)
+            for layer in ALL.hidden:
+                assert torch.equal(found.states[layer], expected.states[layer])
+            for layer in ALL.heads:
+                assert torch.equal(found.attention[layer].key, expected.attention[layer].key)
+
+    def test_a_student_learns_the_same_from_it(
+        self, tmp_path: Path, teacher: PreTrainedModel
+    ) -> None:
+        teacher.save_pretrained(tmp_path / "teacher")
+        weights = []
+        for where in (None, DISK):
+            trainer = DistillTrainer(
+                tiny.llama("student"),
+                Local(str(tmp_path / "teacher"), device_map=where),
+                [Logits(), HiddenStates(layers=uniform, init="random")],
+                tiny.arguments(tmp_path / "out"),
+                train_dataset=tiny.rows(),
+            )
+            trainer.train()
+            weights.append(trainer.distiller.state_dict())
+        for name, value in weights[0].items():
+            torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-6)
+
+    def test_what_fits_nowhere_goes_to_all_there_is(
+        self, tmp_path: Path, teacher: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        teacher.save_pretrained(tmp_path)
+        asked: list[Any] = []
+        load = loading.load_model
+
+        def watched(*given: Any, **options: Any) -> PreTrainedModel:
+            asked.append(options["device_map"])
+            return load(*given, **options)
+
+        monkeypatch.setattr(local, "launched", lambda device: Launch(free=1_000_000))
+        monkeypatch.setattr(loading, "load_model", watched)
+        source = Local(str(tmp_path)).open(ALL, CPU)
+        assert asked == ["auto"]
+        assert source.told[0].endswith("more than half of 1.0 MB free on cpu)")
+        assert "offload" in source.told[0]
+
+
+class TestOncePerStep:
+    def test_what_was_read_ahead_is_not_read_again(self, teacher: PreTrainedModel) -> None:
+        source: LocalSource = Local(teacher, once_per_step=True).open(ALL, CPU)
+        alone = Local(teacher).open(ALL, CPU)
+        runs = []
+        teacher.model.register_forward_pre_hook(lambda *_: runs.append(1))
+        first, second = batch(), batch()
+        source.prepare([first, second, second])
+        assert len(runs) == 1
+        found = [source(given) for given in (first, second, second)]
+        assert len(runs) == 1
+        expected = alone(first)
+        for signals in found:
+            torch.testing.assert_close(
+                signals.whole.logits(slice(None)), expected.whole.logits(slice(None))
+            )
+        source(second)  # a third time: nobody announced it
+        assert len(runs) == 3
+
+    def test_by_default_nothing_is_read_ahead(self, teacher: PreTrainedModel) -> None:
+        source: LocalSource = Local(teacher).open(ALL, CPU)
+        runs = []
+        teacher.model.register_forward_pre_hook(lambda *_: runs.append(1))
+        source.prepare([batch()])
+        assert not runs
