@@ -18,19 +18,22 @@ if TYPE_CHECKING:
     from llm_distill.objectives import Term
 
 
-def check_arguments(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None:
+def check_arguments(
+    args: TrainingArguments, kwargs: Mapping[str, Any], *, spread: bool = False
+) -> None:
     """Refuse arguments that cannot work, and set those whose default would hurt.
+
+    Args:
+        args: Of the training.
+        kwargs: For `Trainer`.
+        spread: Whether the teacher has a `device_map`, which may lie over several GPUs of one
+            process: the student then trains on the first, and is not copied to the others.
 
     Raises:
         InputError: For several GPUs without a launcher, `model_init`, `compute_loss_func`, or a
             push of checkpoints.
     """
-    if args.n_gpu > 1:
-        raise InputError(
-            f"{args.n_gpu} GPUs are visible to one process; start one process for each: "
-            f"accelerate launch --num_processes {args.n_gpu} your_script.py (or hide the others "
-            "with CUDA_VISIBLE_DEVICES=0)"
-        )
+    _check_gpus(args, spread=spread)
     for name in ("model_init", "compute_loss_func"):
         if kwargs.get(name) is not None:
             raise InputError(
@@ -59,6 +62,17 @@ def check_arguments(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None:
     if loader.dispatch_batches:
         raise InputError("dispatch_batches: rows are not cut up like [B, T] tensors; leave it out")
     loader.dispatch_batches = False
+
+
+def _check_gpus(args: TrainingArguments, *, spread: bool) -> None:
+    """Refuse several GPUs in one process, unless they are the teacher's."""
+    if args.n_gpu > 1 and not spread:
+        raise InputError(
+            f"{args.n_gpu} GPUs are visible to one process; start one process for each: "
+            f"accelerate launch --num_processes {args.n_gpu} your_script.py (or hide the others "
+            "with CUDA_VISIBLE_DEVICES=0, or let the teacher lie on all of them: device_map: auto)"
+        )
+    args._n_gpu = min(args.n_gpu, 1)  # as Trainer itself does for a model that lies on several
 
 
 def _check_sharding() -> None:

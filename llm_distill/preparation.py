@@ -136,8 +136,8 @@ def prepare_run(
     Raises:
         InputError: Saying what was asked, what there is, and what to write instead.
     """
-    check_arguments(args, kwargs)
     master = teacher if isinstance(teacher, Teacher) else Local(teacher)
+    check_arguments(args, kwargs, spread=has_device_map(master))
     if _weights(model) is not None and _weights(model) is _weights(master):
         raise InputError("model and teacher are one object; give the teacher a copy of its own")
     student = student_spec(model, master.config)
@@ -203,6 +203,11 @@ def _told(
             "student starts from random weights; a schedule of your own is taken as it is"
         )
     return tuple(said)
+
+
+def has_device_map(teacher: Teacher) -> bool:
+    """Whether a teacher may lie on several devices of this process."""
+    return isinstance(teacher, Local) and teacher.device_map is not None
 
 
 def _weights(model: object) -> nn.Module | None:

@@ -224,3 +224,13 @@ def test_fsdp_on_a_cpu_is_no_quiet_ddp(tmp_path: Path, monkeypatch: pytest.Monke
     models = tiny.llama("student"), tiny.llama("teacher")
     with pytest.raises(InputError, match="FSDP was asked for and Accelerate does not run it"):
         DistillTrainer(*models, [Logits()], args, train_dataset=tiny.rows())
+
+
+def test_several_gpus_under_one_teacher(tmp_path: Path) -> None:
+    """With a device map they are its own; Trainer would copy the student to each of them."""
+    args = tiny.arguments(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(InputError, match="let the teacher lie on all of them: device_map: auto"):
+        check_arguments(args, {})
+    check_arguments(args, {}, spread=True)
+    assert args.n_gpu == 1

@@ -15,6 +15,7 @@ from llm_distill.data.files import is_local, missing
 from llm_distill.errors import InputError
 from llm_distill.kinds import is_masked
 from llm_distill.objectives import Objective, Term
+from llm_distill.preparation import has_device_map
 from llm_distill.race.candidates import settings_of
 from llm_distill.recipe import Recipe
 from llm_distill.signals import ModelSpec
@@ -61,7 +62,7 @@ def plan(recipe: Recipe, args: TrainingArguments) -> Plan:
     Raises:
         InputError: If the objectives, models, tokenizers and arguments do not go together.
     """
-    check_arguments(args, {})
+    check_arguments(args, {}, spread=has_device_map(recipe.teacher))
     _check_evaluation(recipe, args)
     _check_files(recipe)
     student = student_spec(recipe.student, recipe.teacher.config)
