@@ -4,7 +4,8 @@ Usage: python -m tests.placement_worker ENGINE FOLDER CELL...   (ENGINE: one, dd
 
 A cell is MODEL:SHARD[:SIZE], such as llama:tp:2; with :step behind it there are micro-batches of
 one sequence, and the teacher reads those of a step at once; with :data there is a map from data,
-fitted projectors, matched heads, and an evaluation of 9 rows, which no number of ranks divides.
+fitted projectors, matched heads, and an evaluation of 9 rows, which no number of ranks divides;
+with :hidden, hidden states of lower blocks alone: neither the head nor upper blocks are loaded.
 """
 
 import os
@@ -45,6 +46,14 @@ def decided() -> list[Any]:
     return [Logits(), HiddenStates(gate=False), AttentionMaps(heads=match, layers=last, queries=5)]
 
 
+def lower() -> list[Any]:
+    """What needs neither the teacher's head nor its upper blocks."""
+    from llm_distill import CrossEntropy, HiddenStates
+    from llm_distill.layers import first
+
+    return [CrossEntropy(), HiddenStates(layers=first, init="random", gate=False)]
+
+
 def student(kind: str) -> Any:
     """Of the same kind of model, smaller."""
     makers = {"gpt2": lambda: tiny.gpt2(depth=2), "bert": lambda: tiny.bert(depth=2)}
@@ -71,8 +80,9 @@ class Watch:
 
     def told(self) -> dict[str, int]:
         """What was seen, and how large the head is."""
-        head = self._model.get_output_embeddings().weight
-        return self._seen | {"head": head.numel() * head.element_size()}
+        head = self._model.get_output_embeddings()
+        size = 0 if head is None else head.weight.numel() * head.weight.element_size()
+        return self._seen | {"head": size}
 
 
 def gathered(model: Any) -> int:
@@ -100,10 +110,12 @@ def train(folder: Path, cell: str) -> dict[str, Any]:
     asked: Any = shard
     size = sizes[0] if sizes else None
     teacher = Local(str(folder / kind), shard=asked, shard_size=size, once_per_step=ahead)
+    sets = {"data": decided, "hidden": lower}
+    make = next((made for word, made in sets.items() if word in more), objectives)
     trainer = DistillTrainer(
         student(kind),
         teacher,
-        decided() if "data" in more else objectives(),
+        make(),
         args,
         train_dataset=list(tiny.rows(empty=EMPTY)),
     )

@@ -58,8 +58,12 @@ def load_sharded(
             at once, with the same numbers.
     """
     plan = None
-    if placement.fsdp > 1 and not _plans(config, backbone=backbone):
-        plan = _own_plan(config, facts, backbone=backbone)
+    if placement.fsdp > 1:
+        # FSDP gives its root another class, under which transformers records no hidden states: the
+        # backbone must not be the root.
+        backbone = False
+        bare = skeleton(config, trust_remote_code=bool(options.get("trust_remote_code")))
+        plan = None if _plans(bare) else _own_plan(bare, facts)
     model = loading.load_model(
         name,
         config,
@@ -102,25 +106,18 @@ def resident_bytes(model: nn.Module) -> int:
     return sum(sizes.values())
 
 
-def _plans(config: PreTrainedConfig, *, backbone: bool) -> bool:
+def _plans(bare: PreTrainedModel) -> bool:
     """Whether transformers' own plan finds the blocks of a model."""
-    model: Any = skeleton(config)
-    model = model.base_model if backbone else model
-    names = {name for name, _ in model.named_modules()}
-    prefixes = [rule.partition(".*")[0] for rule in model.fsdp_plan if ".*" in rule]
+    names = {name for name, _ in bare.named_modules()}
+    prefixes = [rule.partition(".*")[0] for rule in bare.fsdp_plan if ".*" in rule]
     return bool(prefixes) and all(prefix in names for prefix in prefixes)
 
 
-def _own_plan(config: PreTrainedConfig, facts: Facts, *, backbone: bool) -> dict[str, str]:
+def _own_plan(bare: PreTrainedModel, facts: Facts) -> dict[str, str]:
     """Each block, the embedding and the head for themselves."""
-    model = skeleton(config)
-    root = f"{model.base_model_prefix}." if backbone else ""
-    names = {id(module): name for name, module in model.named_modules()}
-    plan = {f"{facts.blocks}.*": FREED}
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if id(module) in names:
-            plan[names[id(module)]] = KEPT
-    return {name.removeprefix(root): how for name, how in plan.items() if name.startswith(root)}
+    names = {id(module): name for name, module in bare.named_modules()}
+    ends = (bare.get_input_embeddings(), bare.get_output_embeddings())
+    return {f"{facts.blocks}.*": FREED} | {names[id(m)]: KEPT for m in ends if id(m) in names}
 
 
 def _free_after_forward(model: PreTrainedModel) -> None:
@@ -128,8 +125,6 @@ def _free_after_forward(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_reshard_after_forward(reshard_after_forward=True, recurse=False)
-    if model.base_model is model:
-        return
 
     def backbone(**inputs: Any) -> Any:  # noqa: ANN401  what the backbone returns
         return model.base_model(**inputs)

@@ -30,10 +30,12 @@ TWO = {
     "ddp": [
         *("llama:auto", "llama:fsdp2", "llama:tp", "tied:fsdp2", "tied:tp", "gpt2:fsdp2"),
         *("bert:fsdp2", "llama:fsdp2:step", "llama:tp:step", "llama:fsdp2:data", "llama:tp:data"),
+        *("llama:fsdp2:hidden", "llama:tp:hidden", "gpt2:fsdp2:hidden"),
     ],
     "fsdp2": ["llama:auto", "llama:fsdp2", "llama:tp", "gpt2:fsdp2", "llama:fsdp2:step"],
 }
 WHOLE = [*(f"{name}:replica" for name in MODELS), "llama:auto:step", "llama:replica:data"]
+WHOLE += ["llama:replica:hidden", "gpt2:replica:hidden"]
 FOUR = ["llama:hsdp:2", "llama:tp:2"]
 CELLS = [
     *((engine, 2, cell) for engine, cells in TWO.items() for cell in cells),
@@ -61,8 +63,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], A
 
 
 def reference(results: Any, cell: str) -> dict[str, torch.Tensor]:
-    decided = ":data" if "data" in cell else ""
-    found = results["one", 1][f"{cell.split(':')[0]}:replica{decided}"]
+    kind = "".join(f":{word}" for word in ("data", "hidden") if word in cell)
+    found = results["one", 1][f"{cell.split(':')[0]}:replica{kind}"]
     weights: dict[str, torch.Tensor] = found["weights"]
     return weights
 
