@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         Taid,
     )
     from llm_distill.students import FromConfig, FromTeacher
-    from llm_distill.teachers import Local
+    from llm_distill.teachers import Local, Remote
     from llm_distill.trainer import DistillTrainer
 
 __version__ = "0.1.0"
@@ -58,6 +58,7 @@ _WHERE = {
     "Local": "teachers",
     "Logits": "objectives",
     "Relations": "objectives",
+    "Remote": "teachers",
     "Taid": "objectives",
     "adaptive_kl": "losses",
     "alpha_beta": "losses",
@@ -96,6 +97,7 @@ __all__ = [
     "Local",
     "Logits",
     "Relations",
+    "Remote",
     "Taid",
     "adaptive_kl",
     "alpha_beta",

@@ -171,6 +171,26 @@ def teacher_request(terms: Mapping[str, Term]) -> Request:
     return request
 
 
+def opening_request(
+    objectives: Sequence[Objective],
+    terms: Mapping[str, Term],
+    specs: tuple[ModelSpec, ModelSpec],
+    *,
+    compared: bool,
+) -> Request:
+    """What the teacher may be asked for: in the training, and before it by what data decide.
+
+    Args:
+        objectives: What to match.
+        terms: The same, bound.
+        specs: Of student and teacher.
+        compared: Whether an evaluation compares the logits of the two.
+    """
+    logits = Request(logits=compared)
+    mapped, surveyed = mapping.requests(objectives, *specs)[1], survey(objectives, *specs)[1]
+    return teacher_request(terms) | logits | mapped | surveyed
+
+
 def reads_logits(terms: Mapping[str, Term]) -> bool:
     """Whether any term reads the student's logits."""
     return any(term.student.logits for term in terms.values())

@@ -38,6 +38,9 @@ PLAIN_BLOCKS = frozenset({"full_attention", "sliding_attention", "chunked_attent
 """Kinds of blocks that do not depend on which other blocks there are."""
 
 
+SAMPLE = "Don't panic: 12,345 naïve cafés — 東京, Ελλάδα!\n\tdef f(x): return x ** 2  # ok"
+"""Cut by two tokenizers: one vocabulary may still come with other merges or normalisers."""
+
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 """Dtypes of weights, by the names that torch has for them."""
 

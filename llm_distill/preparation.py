@@ -81,9 +81,7 @@ class Run:
     @property
     def teacher_request(self) -> Request:
         """What the teacher has to give; its logits as well for an evaluation that compares them."""
-        request = binding.teacher_request(self.terms)
-        compared = self._evaluates and self.tokenizers.theirs is None
-        return request | Request(logits=True) if compared else request
+        return binding.teacher_request(self.terms) | Request(logits=self._compares)
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -98,14 +96,15 @@ class Run:
         return self.kwargs.get("eval_dataset") is not None
 
     @property
+    def _compares(self) -> bool:
+        """Whether an evaluation compares the logits of both models."""
+        return self._evaluates and self.tokenizers.theirs is None
+
+    @property
     def opening_request(self) -> Request:
         """What the teacher may be asked for: in the training, and before it by what data decide."""
         specs = self.student, self.teacher.spec
-        compared, surveyed = (
-            mapping.requests(self.objectives, *specs),
-            binding.survey(self.objectives, *specs),
-        )
-        return self.teacher_request | compared[1] | surveyed[1]
+        return binding.opening_request(self.objectives, self.terms, specs, compared=self._compares)
 
     @property
     def collator(self) -> RowCollator:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from llm_distill import mapping
 from llm_distill.data.retokenize import Retokenizer
 from llm_distill.errors import InputError
+from llm_distill.loading import SAMPLE
 from llm_distill.students import FromTeacher, Made, Student, as_local
 
 if TYPE_CHECKING:
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from llm_distill.teachers import Teacher
 
 logger = logging.getLogger(__name__)
-
-SAMPLE = "Don't panic: 12,345 naïve cafés — 東京, Ελλάδα!\n\tdef f(x): return x ** 2  # ok"
-"""Cut by both tokenizers: one vocabulary may still come with other merges or normalisers."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,12 @@
 import pytest
 
-from llm_distill.errors import InputError
+from llm_distill.errors import InputError, ServerError
 
 
 def test_callers_that_expect_a_value_error_catch_it() -> None:
     with pytest.raises(ValueError, match="what is wrong"):
         raise InputError("what is wrong")
+
+
+def test_a_server_that_dies_is_no_bad_input() -> None:
+    assert not issubclass(ServerError, ValueError)

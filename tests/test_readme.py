@@ -95,6 +95,14 @@ def test_recipe_block_runs(models: dict[str, str], tmp_path: Path, monkeypatch: 
     assert launch == ["accelerate", "launch", "-m", "llm_distill", "run", "recipe.yaml"]
 
 
+def test_the_teacher_on_another_machine_is_one() -> None:
+    from llm_distill.recipe import Recipe, document
+
+    section = document.parse(blocks("yaml")[1], "README")
+    made = Recipe.of({"student": "me/s", "data": {"path": "me/d"}, **section})
+    assert isinstance(made.teacher, llm_distill.Remote)
+
+
 def test_commands_exist() -> None:
     for command in blocks("bash"):
         script = command.split()[1]

@@ -1,5 +1,6 @@
 """Every shipped recipe parses, binds, and takes two steps on tiny models; launchers launch."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from transformers import AutoModelForCausalLM
 
 from llm_distill.cli import main
 from llm_distill.recipe import Recipe, document
 from tests import on_disk
 from tests.launch import launch
+from tests.teacher_server import TeacherServer
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -41,7 +44,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return on_disk.fill(tmp_path_factory.mktemp("models"))
 
 
-def tiny_version(recipe: Path, models: Path, out: Path) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def server(models: Path) -> Iterator[TeacherServer]:
+    """The tiny teacher, as a recipe with a server asks for it."""
+    network = AutoModelForCausalLM.from_pretrained(models / "teacher")
+    with TeacherServer(network, on_disk.tokenizer(), most=64, longest=64) as running:
+        yield running
+
+
+def tiny_version(recipe: Path, models: Path, out: Path, url: str = "") -> dict[str, Any]:
     """A shipped recipe with tiny models and data in place of its own, nothing else changed."""
     content = document.read(recipe)
     data = {"path": str(models / "data.jsonl"), "eval": 0.25, "max_length": 32}
@@ -56,17 +67,21 @@ def tiny_version(recipe: Path, models: Path, out: Path) -> dict[str, Any]:
         )
     else:
         student = str(models / "student")
+    teacher: Any = str(models / "teacher")
+    if isinstance(content["teacher"], dict) and "Remote" in content["teacher"]:
+        asked = {"url": url, "model": "teacher", "of": teacher}
+        teacher = {"Remote": {**content["teacher"]["Remote"], **asked}}
     return {
         **content,
         "student": student,
-        "teacher": str(models / "teacher"),
+        "teacher": teacher,
         "data": data,
         "training": {**content["training"], **SMALL, "output_dir": str(out)},
     }
 
 
 def test_the_promised_recipes_are_there() -> None:
-    promised = {"logits.yaml", "features.yaml", "sharded_teacher.yaml"}
+    promised = {"logits.yaml", "features.yaml", "remote.yaml", "sharded_teacher.yaml"}
     assert promised <= {path.name for path in RECIPES}
     launchers = ["ddp.yaml", "fsdp2.yaml", "single.yaml", "two_machines.yaml"]
     assert [path.name for path in LAUNCHERS] == launchers
@@ -90,18 +105,20 @@ class TestRecipes:
         recipe: Path,
         command: str,
         models: Path,
+        server: TeacherServer,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / ".cache")
         small = tmp_path / recipe.name
-        small.write_text(document.dump(tiny_version(recipe, models, tmp_path / "out")))
+        small.write_text(document.dump(tiny_version(recipe, models, tmp_path / "out", server.url)))
         assert main([command, str(small)]) == 0, capsys.readouterr().err
         shown = capsys.readouterr().out
         for entry in document.read(recipe)["objectives"]:
             assert (entry if isinstance(entry, str) else next(iter(entry))) in shown
         if command == "run":
+            assert server.asked("/v1/completions") or recipe.stem != "remote"
             weights = torch.nn.utils.parameters_to_vector(_parameters(tmp_path / "out"))
             assert weights.isfinite().all()
 
@@ -127,8 +144,6 @@ def test_a_teacher_in_pieces_on_two_processes(models: Path, tmp_path: Path) -> N
 
 
 def _parameters(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_pretrained(folder).parameters()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm_distill import __version__
-from llm_distill.errors import InputError
+from llm_distill.errors import InputError, ServerError
 from llm_distill.recipe import Recipe
 from llm_distill.recipe.sections import SECTIONS
 from llm_distill.recipe.values import did_you_mean
@@ -33,16 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Without the program's name; by default that of this process.
 
     Returns:
-        The exit code: 0, 2, or 1 for a loss that is no number. What else fails raises, which makes
-        Python exit 1 with a traceback.
+        The exit code: 0, 2, or 1 for a loss that is no number and for a teacher's server that
+        stopped answering. What else fails raises, which makes Python exit 1 with a traceback.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     try:
         rest, overrides = split_overrides(given)
         asked = _parser().parse_args(rest)
         _do(asked, overrides)
-    except (InputError, FloatingPointError) as error:
-        if os.environ.get("RANK", "0") == "0":
+    except (InputError, FloatingPointError, ServerError) as error:
+        # A server may fail one rank alone; all find the other faults.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, ServerError):
             sys.stderr.write(f"llm-distill: {error}\n")
         return BAD_INPUT if isinstance(error, InputError) else FAILED
     except SystemExit as stop:  # argparse: 0 after --help, 2 after a mistake

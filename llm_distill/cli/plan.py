@@ -20,6 +20,7 @@ from llm_distill.race.candidates import settings_of
 from llm_distill.recipe import Recipe
 from llm_distill.signals import ModelSpec
 from llm_distill.students import refuse_adapted_head, student_spec
+from llm_distill.teachers import Local
 from llm_distill.vocabulary import Tokenizers, check_alignment, settle_tokenizers
 
 
@@ -83,6 +84,10 @@ def plan(recipe: Recipe, args: TrainingArguments) -> Plan:
             f"neither {student.name} nor {teacher.name} has a tokenizer beside it; write teacher: "
             f"{{Local: {{model: {teacher.name}, tokenizer: …}}}}"
         )
+    if not isinstance(recipe.teacher, Local):  # where it would lie is no question for a laptop
+        compared = recipe.data.eval is not None and tokenizers.theirs is None
+        request = binding.opening_request(objectives, terms, (student, teacher), compared=compared)
+        recipe.teacher.check(request, args.device)
     return Plan(student, teacher, objectives, terms, balance, tokenizers, causal)
 
 

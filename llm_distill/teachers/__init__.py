@@ -2,5 +2,6 @@
 
 from llm_distill.teachers.base import Source, Teacher
 from llm_distill.teachers.local import Local
+from llm_distill.teachers.remote import Remote
 
-__all__ = ["Local", "Source", "Teacher"]
+__all__ = ["Local", "Remote", "Source", "Teacher"]

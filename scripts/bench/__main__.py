@@ -1,4 +1,4 @@
-"""`python -m scripts.bench head|step|mapping`: the command line.
+"""`python -m scripts.bench head|step|mapping|remote`: the command line.
 
 It imports torch when it has to run.
 """
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from scripts.bench import settings as asked
 from scripts.bench.mapping import command as mapping
+from scripts.bench.remote import command as remote
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     if options.benchmark == "mapping":
         return mapping.execute(options, argv)
+    if options.benchmark == "remote":
+        return remote.execute(options)
     # Read by OpenMP when torch is imported, and by the processes that measure memory.
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(options.threads)
     settings = settled(options)
@@ -104,6 +107,8 @@ def parser() -> argparse.ArgumentParser:
         )
     about = "Automatic layer maps against the best one by hand."
     mapping.add(commands.add_parser("mapping", help=about, description=about))
+    about = "What asking a server costs on this side of the line."
+    remote.add(commands.add_parser("remote", help=about, description=about))
     return made
 
 

@@ -1,0 +1,247 @@
+"""Asking a server about the supervised rows of a batch."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from llm_distill.errors import InputError, ServerError
+from llm_distill.losses.sparse import TopK
+from llm_distill.signals import Request, Signals
+from llm_distill.teachers.client import begin, gather
+from llm_distill.teachers.dialects import Asked, read
+from llm_distill.teachers.probing import Served
+from llm_distill.teachers.targets import top_k
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from concurrent.futures import Future
+
+    from transformers import PreTrainedModel
+
+    from llm_distill.rows import Batch
+    from llm_distill.teachers.client import Client
+
+
+logger = logging.getLogger(__name__)
+
+FIRST_BATCHES = 20
+"""After so many it is told if most of the time goes into waiting."""
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a server is asked.
+
+    Attributes:
+        name: Of the teacher, for messages.
+        model: As the server calls it.
+        served: What the server says of itself.
+        top_k: Tokens of each row.
+        vocabulary: Tokens of the model.
+        concurrency: Requests that a batch is shared out among.
+        patience: Seconds in which a request is tried again.
+        compared: Whether its tokenizer was found to be the one it should have.
+    """
+
+    name: str
+    model: str
+    served: Served
+    top_k: int
+    vocabulary: int
+    concurrency: int
+    patience: float
+    compared: bool = True
+
+
+class Pace:
+    """How much of the first batches' time goes into waiting, told once where it is most of it.
+
+    Args:
+        name: Of the teacher.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._batches = self._rows = 0
+        self._start = self._waited = 0.0
+
+    def add(self, rows: int, started: float) -> None:
+        """A batch that was asked for at a time, and is there now."""
+        now = time.monotonic()
+        if self._batches:  # the first waits for much else
+            self._rows += rows
+            self._waited += now - started
+        else:
+            self._start = now
+        self._batches += 1
+        if self._batches == FIRST_BATCHES + 1 and self._waited > 0.5 * (now - self._start):
+            logger.warning(
+                "teacher %s tells %.0f rows a second, and %.0f %% of the first %d batches went "
+                "into waiting for it; larger batches, more accumulation or a higher concurrency "
+                "ask for more at once",
+                self._name,
+                self._rows / self._waited,
+                100 * self._waited / (now - self._start),
+                FIRST_BATCHES,
+            )
+
+
+class RemoteSource:
+    """A server at work.
+
+    Args:
+        client: Closed with the source.
+        manner: How it is asked.
+        device: Where the targets are wanted.
+    """
+
+    def __init__(self, client: Client, manner: Manner, device: torch.device) -> None:
+        self.model: PreTrainedModel | None = None
+        self.device, self._manner = device, manner
+        unsure = (
+            "" if manner.compared else "; it does not cut texts, so its tokenizer is not checked"
+        )
+        self.told = (
+            f"teacher {manner.name}: the {manner.top_k} likeliest tokens of each row, from "
+            f"{manner.served.dialect.name} at {client.url}{unsure}",
+        )
+        self._client: Client | None = client
+        self._ahead: dict[int, tuple[Batch, list[Future[TopK]]]] = {}
+        self._pace = Pace(manner.name)
+
+    def __call__(self, batch: Batch) -> Signals:
+        """The likeliest tokens of the supervised rows, on the device of the training.
+
+        Raises:
+            ServerError: If the server does not answer in time, or with something else.
+        """
+        self._line()
+        started = time.monotonic()
+        ahead = id(batch) in self._ahead
+        answers = self._ahead.pop(id(batch))[1] if ahead else self._begin(batch)
+        targets = joined(gather(answers), self._manner.top_k)
+        self._pace.add(len(targets), started)
+        return Signals(f"teacher {self._manner.name}", targets.to(self.device))
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """Ask about all micro-batches of a step at once, while the student is at the first."""
+        self._ahead = {id(batch): (batch, self._begin(batch)) for batch in batches}
+
+    def ask(self, request: Request) -> None:
+        """From now on give these signals only; there is one kind of them.
+
+        Raises:
+            InputError: For another kind, by name.
+        """
+        self._line()
+        refuse(request, self._manner.name)
+
+    def close(self) -> None:
+        """Let the connections go; twice is once."""
+        if self._client is not None:
+            self._client.close()
+        self._client, self._ahead = None, {}
+
+    def _line(self) -> Client:
+        """The client, while there is one."""
+        if self._client is None:
+            raise RuntimeError("this teacher was closed; open it again")
+        return self._client
+
+    def _begin(self, batch: Batch) -> list[Future[TopK]]:
+        """Ask about all sequences of a batch at the same time."""
+        client, asked = self._line(), asked_of(batch)
+        self._check_length(asked, client)
+        groups = shared_out(asked, self._manner.concurrency)
+        return begin([partial(self._one, group, client) for group in groups])
+
+    def _one(self, group: Sequence[Asked], client: Client) -> TopK:
+        """One request, and the rows that it is about."""
+        manner, dialect = self._manner, self._manner.served.dialect
+        body = dialect.body(manner.model, group, manner.top_k)
+        answer = client.ask(dialect.path, body, patience=manner.patience)
+        try:
+            rows = [row for told in read(dialect, answer, group) for row in told]
+            return top_k(rows, manner.top_k, manner.vocabulary)
+        except ValueError as error:
+            where = f"{client.url}{dialect.path}"
+            raise ServerError(f"{where}: the answer is of no use: {error}") from error
+
+    def _check_length(self, asked: Sequence[Asked], client: Client) -> None:
+        """Refuse what the server has no room for."""
+        longest = max((len(sequence.tokens) for sequence in asked), default=0)
+        most = self._manner.served.longest
+        if most is not None and longest > most:
+            raise InputError(
+                f"a sequence of {longest:,} tokens, and {client.url} takes {most:,} and one of its "
+                f"own; start it with --max-model-len {longest + 1}, or write data: {{max_length: "
+                f"{most}}}"
+            )
+
+
+def asked_of(batch: Batch) -> list[Asked]:
+    """The sequences with supervised rows, in their order.
+
+    Padding is left out, and so are the tokens after the last supervised one.
+    """
+    ids = batch.inputs["input_ids"].cpu()
+    mask = batch.inputs.get("attention_mask")
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu() != 0
+    rows = batch.supervised
+    asked = []
+    for sequence, padded in enumerate(rows.host_position.split(list(rows.per_sequence))):
+        if len(padded):
+            places = (real[sequence].cumsum(0) - 1)[padded].tolist()
+            tokens = ids[sequence][real[sequence]][: places[-1] + 2].tolist()
+            asked.append(Asked(tokens, places))
+    return asked
+
+
+def joined(parts: Sequence[TopK], k: int) -> TopK:
+    """Rows of several requests, one after the other."""
+    if not parts:
+        return TopK(torch.zeros(0, k, dtype=torch.int64), torch.zeros(0, k), torch.zeros(0))
+    return TopK(
+        torch.cat([part.ids for part in parts]),
+        torch.cat([part.log_probs for part in parts]),
+        torch.cat([part.tail for part in parts]),
+    )
+
+
+def shared_out(asked: Sequence[Asked], most: int) -> Iterator[Sequence[Asked]]:
+    """Neighbours together, in at most so many parts of even numbers of sequences.
+
+    >>> [len(part) for part in shared_out([Asked([1, 2], [0])] * 5, 3)]
+    [2, 2, 1]
+    """
+    parts = min(most, len(asked))
+    size, larger = divmod(len(asked), parts) if parts else (0, 0)
+    start = 0
+    for part in range(parts):
+        end = start + size + (part < larger)
+        yield asked[start:end]
+        start = end
+
+
+def refuse(request: Request, name: str) -> None:
+    """Refuse signals that do not travel.
+
+    Raises:
+        InputError: Naming kind, signal and layer.
+    """
+    what = ""
+    if request.hidden:
+        what = f"hidden state {min(request.hidden)}"
+    elif request.heads:
+        what = f"attention of block {min(request.heads)}"
+    if what:
+        raise InputError(
+            f"teacher {name} is Remote, which tells the likeliest tokens of each row and nothing "
+            f"else, and {what} is asked for; write Logits alone, or teacher: {{Local: …}}"
+        )
