@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llm_distill.errors import InputError
+from llm_distill.keys import name_examples
 from llm_distill.rows import example_keys, supervised_rows, valid_rows
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RowCollator:
-    """Any collator, plus `rows`, `valid`, `keys` and perhaps `theirs` beside what it makes.
+    """Any collator, plus `rows`, `valid`, `keys` and perhaps more beside what it makes.
 
     Attributes:
         collator: Makes `input_ids`, `labels` and usually `attention_mask`.
@@ -26,6 +27,7 @@ class RowCollator:
         positions: Tokens a sequence may have: the fewer of both models'; None: not known.
         theirs: Makes the teacher's own batch of the real tokens of each sequence, where its
             tokenizer is another.
+        named: Whether a cached teacher looks the examples up, by what they are.
     """
 
     collator: Callable[[list[Any]], Mapping[str, Any]]
@@ -33,6 +35,7 @@ class RowCollator:
     valid: bool
     positions: int | None = None
     theirs: RowCollator | None = None
+    named: bool = False
 
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
         """Collate examples.
@@ -52,6 +55,9 @@ class RowCollator:
         batch["rows"] = supervised_rows(ids, mask, batch["labels"], shift=self.shift)
         batch["valid"] = valid_rows(ids, mask) if self.valid else None
         batch["keys"] = example_keys(ids, mask)
+        if self.named:
+            rows = batch["rows"].sequence, batch["rows"].position
+            batch["examples"] = name_examples(ids, mask, batch.get("position_ids"), rows)
         if self.shift and mask is not None and "position_ids" not in batch and _padded_left(mask):
             batch["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
         if self.theirs is not None:

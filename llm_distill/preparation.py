@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from llm_distill import binding, loading, mapping
+from llm_distill import binding, loading, mapping, recall
 from llm_distill.arguments import (
     check_arguments,
     check_batches,
@@ -118,6 +119,7 @@ class Run:
             valid=binding.needs_valid(self.terms),
             positions=self.tokenizers.positions(self.student, self.teacher.spec),
             theirs=None if retold is None else RowCollator(retold, shift=self.shift, valid=True),
+            named=recall.looks_up(self.teacher),
         )
 
 
@@ -143,6 +145,7 @@ def prepare_run(
     given, objectives = objectives, binding.ready(objectives, student, master.spec)
     terms = binding.bind(objectives, student, master.spec, seed=args.seed)
     binding.check_optimizers(terms, kwargs.get("optimizers", (None, None)))
+    recall.check(master, objectives, terms, student)
     if kwargs.get("eval_dataset") is not None or binding.reads_logits(terms):
         refuse_adapted_head(model, master.config, adapter)
     if terms and any(term.student.heads for term in terms.values()):
@@ -178,6 +181,8 @@ def prepare_run(
         found,
     )
     _check_training_data(run, args)
+    given_data = {name: filled[name] for name in ("train_dataset", "eval_dataset")}
+    recall.check_data(master, tokenizer, given_data, run.collator, partial(readable, args=args))
     return run
 
 

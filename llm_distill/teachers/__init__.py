@@ -1,6 +1,7 @@
 """Teachers: who gives the signals. A teacher is a frozen spec; `open` makes a source of it once."""
 
 from llm_distill.teachers.base import Source, Teacher
+from llm_distill.teachers.cached import Cached
 from llm_distill.teachers.local import Local
 
-__all__ = ["Local", "Source", "Teacher"]
+__all__ = ["Cached", "Local", "Source", "Teacher"]
