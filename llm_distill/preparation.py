@@ -177,7 +177,12 @@ def prepare_run(
         shift,
         filled,
         seen,
-        (*found.told, *_told(student, master.spec, given, objectives), *idle_gates(terms, args)),
+        (
+            *found.told,
+            *recall.told(master, objectives),
+            *_told(student, master.spec, given, objectives),
+            *idle_gates(terms, args),
+        ),
         found,
     )
     _check_training_data(run, args)

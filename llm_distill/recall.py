@@ -19,7 +19,8 @@ from llm_distill.data import Collator
 from llm_distill.errors import InputError
 from llm_distill.keys import example_key
 from llm_distill.losses.planning import plan
-from llm_distill.objectives import HeadTerm
+from llm_distill.losses.sparse import TopK
+from llm_distill.objectives import HeadTerm, Logits
 from llm_distill.rows import IGNORED
 from llm_distill.teachers import Cached
 from llm_distill.teachers.cached import refuse_layers
@@ -77,23 +78,36 @@ def looks_up(teacher: object) -> bool:
     return any(looks_up(part) for part in parts)
 
 
-def check_terms(estimator: Estimator, terms: Mapping[str, Term], vocabulary: int) -> None:
+def check_objectives(
+    estimator: Estimator,
+    objectives: Sequence[Objective],
+    terms: Mapping[str, Term],
+    student: ModelSpec,
+    teacher: ModelSpec,
+) -> None:
     """Refuse what an estimator cannot serve.
 
     Args:
         estimator: What a cache keeps.
-        terms: The objectives, bound.
-        vocabulary: The student's.
+        objectives: What is trained.
+        terms: The same, bound.
+        student: Of the run.
+        teacher: Whose answers they are.
 
     Raises:
         InputError: Naming the objective and what to write.
     """
     example = estimator.example()
-    for name, term in terms.items():
+    for objective, (name, term) in zip(objectives, terms.items(), strict=True):
+        asked = term.teacher | mapping.requests([objective], student, teacher)[1]
+        try:
+            refuse_layers(asked | binding.survey([objective], student, teacher)[1], name, estimator)
+        except ValueError as error:
+            raise InputError(str(error)) from error
         if example is None or not (isinstance(term, HeadTerm) and term.teacher.logits):
             continue
         try:
-            plan([term.row], vocabulary, example)
+            plan([term.row], student.vocabulary, example)
         except ValueError as error:
             raise InputError(
                 f"{name}: the cache keeps {estimator}; {error}; or cache with keep: topk, or "
@@ -114,19 +128,28 @@ def check(
     """
     if not isinstance(teacher, Cached):
         return
-    specs = student, teacher.spec
-    asked = binding.teacher_request(terms) | mapping.requests(objectives, *specs)[1]
-    try:
-        refuse_layers(asked | binding.survey(objectives, *specs)[1], teacher)
-    except ValueError as error:
-        raise InputError(str(error)) from error
     manifest = teacher.store.manifest
-    check_terms(manifest.estimator, terms, student.vocabulary)
+    check_objectives(manifest.estimator, objectives, terms, student, teacher.spec)
     if manifest.estimator.example() is not None and student.vocabulary < manifest.vocabulary:
         raise InputError(
             f"the cache {teacher.path} was written for students of {manifest.vocabulary} tokens "
             f"and more, and {student.name} has {student.vocabulary}; write it anew with this recipe"
         )
+
+
+def told(teacher: object, objectives: Sequence[Objective]) -> tuple[str, ...]:
+    """What a cache is, for the lines before a training; nothing for any other teacher."""
+    if not isinstance(teacher, Cached):
+        return ()
+    said = [f"teacher: the cache {teacher.path} of {teacher.store.manifest}"]
+    kept = teacher.store.manifest.estimator
+    warm = [o for o in objectives if isinstance(o, Logits) and o.temperature != 1]
+    if warm and isinstance(kept.example(), TopK):
+        said.append(
+            f"temperature {warm[0].temperature:g} on {kept}: the tail is tempered as one token, "
+            "which is an approximation; keep: hidden is exact"
+        )
+    return tuple(said)
 
 
 def check_data(
@@ -257,10 +280,10 @@ def _check_examples(teacher: Cached, name: str, found: Named) -> None:
         for key, text in words.items()
         if facts[key] != known[split][key]
     ]
+    told = "; ".join(differ) or "there are as many, and as long ones, in the cache"
     raise InputError(
         f"{name}: {len(missing):,} of {len(wanted):,} examples are not in the cache "
         f"{teacher.path}, the first is number {first} ({found.lengths[first]} tokens, "
-        f"{found.rows[first]} supervised). {'; '.join(differ) or 'As many and as long as there'}: the data, their "
-        "order in blocks, the chat template or max_length changed. Write them as they were, or the "
-        "cache anew"
+        f"{found.rows[first]} supervised); {told}. The data, their order in blocks, the chat "
+        "template or max_length changed: write them as they were, or the cache anew"
     )

@@ -1,8 +1,9 @@
 """Log-probabilities of a few tokens in one byte each, and the mass of all others in two.
 
-A row's levels reach from its likeliest token to its least likely one. The mass outside is stored,
-not taken from what the levels leave of 1: where a few tokens hold nearly everything, that would be
-noise. The likeliest token needs no number of its own, since the whole sums to 1.
+A row's levels reach from its likeliest token to its least likely one, closer near the first, where
+the mass is. The mass outside is stored, not taken from what the levels leave of 1: where a few
+tokens hold nearly everything, that would be noise. The likeliest token needs no number of its own,
+since the whole sums to 1.
 """
 
 from __future__ import annotations
@@ -13,6 +14,12 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 LEVELS = 255
+BEND = 1.5
+"""Power of a level. Of 1, 1.5, 2 and 2.5, the least KL over flat and sharp rows together."""
+
+DEPTHS = (np.arange(LEVELS + 1, dtype=np.float32) / LEVELS) ** BEND
+"""How far below the top each level is, as a share of the span."""
+
 WIDEST = 32.0
 """Nats that levels span at most. A token below has less than 1e-13 of the likeliest one's mass."""
 
@@ -35,8 +42,8 @@ def to_levels(
     below = log_probs.max(1, keepdims=True) - log_probs
     span = np.minimum(below.max(1), WIDEST).astype(np.float16)
     # In units of the span as it is stored, so that its rounding costs nothing.
-    unit = np.maximum(span.astype(np.float64), 1e-7)[:, None] / LEVELS
-    levels = np.rint(below / unit).clip(0, LEVELS).astype(np.uint8)
+    depth = (below / np.maximum(span.astype(np.float64), 1e-7)[:, None]).clip(0.0, 1.0)
+    levels = np.rint(LEVELS * depth ** (1.0 / BEND)).astype(np.uint8)
     return levels, span, tail.clip(-THINNEST, 0.0).astype(np.float16)
 
 
@@ -47,11 +54,11 @@ def from_levels(
 
     >>> levels = to_levels(np.log([[0.4, 0.2, 0.1]]), np.log([0.3]))
     >>> log_probs, tail = from_levels(*levels)
-    >>> np.exp(log_probs).round(3).tolist(), np.exp(tail).round(3).tolist()
-    ([[0.4, 0.2, 0.1]], [0.3])
+    >>> print(np.exp(log_probs).round(3), np.exp(tail).round(3))
+    [[0.4 0.2 0.1]] [0.3]
     """
-    unit = span.astype(np.float32) * np.float32(-1.0 / LEVELS)
-    found: Floats = np.multiply(levels, unit[:, None], dtype=np.float32)
+    found: Floats = DEPTHS[levels]
+    found *= -span.astype(np.float32)[:, None]
     outside = np.minimum(tail.astype(np.float32), np.float32(-LEAST_HEAD))
     inside = np.log(-np.expm1(outside)) - np.log(np.exp(found).sum(1))
     found += inside[:, None]

@@ -142,7 +142,7 @@ class ShardReader:
             raise damaged(path, error) from error
         return cls(path, file, columns)
 
-    def keys(self) -> list[list[bytes]]:
+    def keys_by_group(self) -> list[list[bytes]]:
         """The keys of the examples of each row group."""
         return [
             self.file.read_row_group(group, columns=["key"])["key"].to_pylist()

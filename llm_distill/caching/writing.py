@@ -90,7 +90,7 @@ def check_disk(capture: Capture) -> None:
     if needed > free:
         raise InputError(
             f"the cache would take about {_size(needed)}, and the disk of {there} has "
-            f"{_size(free)} left; write another path, or keep less, such as keep: {{topk: {{k: 16}}}}"
+            f"{_size(free)} left; write another path, or keep less: keep: {{topk: {{k: 16}}}}"
         )
 
 
@@ -210,7 +210,7 @@ def _finish(capture: Capture) -> None:
     places: list[Place] = []
     for number, shard in enumerate(shards):
         reader = ShardReader.open(folder / shard.file, estimator.columns)
-        for group, found in enumerate(reader.keys()):
+        for group, found in enumerate(reader.keys_by_group()):
             keys += found
             places += (Place(number, group, row) for row in range(len(found)))
     Index.of(keys, places).write(folder)

@@ -46,7 +46,9 @@ def cache(recipe: Recipe, *, overwrite: bool = False) -> Manifest:
     args = recipe.arguments()
     screen = open_screen(args)
     planned = plan(asked, args)
-    recall.check_terms(cached.estimator, planned.terms, planned.student.vocabulary)
+    recall.check_objectives(
+        cached.estimator, planned.objectives, planned.terms, planned.student, planned.teacher
+    )
     prepared = read_data(asked, args, planned, screen)
     try:
         run = prepare_run(

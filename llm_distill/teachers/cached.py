@@ -69,8 +69,9 @@ class Cached:
     @cached_property
     def config(self) -> PreTrainedConfig:
         """The config of the teacher, which lies beside the cache."""
-        config = loading.load_config(str(Path(self.path) / TEACHER))
-        config._commit_hash = self.store.manifest.revision
+        store = self.store
+        config = loading.load_config(str(store.folder / TEACHER))
+        config._commit_hash = store.manifest.revision
         return config
 
     @property
@@ -82,7 +83,7 @@ class Cached:
 
     def find_tokenizer(self) -> Any | None:  # noqa: ANN401  transformers has no common base that types
         """The tokenizer that cut the data, which lies beside the cache."""
-        return loading.find_tokenizer(str(Path(self.store.folder) / TEACHER))
+        return loading.find_tokenizer(str(self.store.folder / TEACHER))
 
     def open(self, request: Request, device: torch.device) -> CachedSource:
         """Start reading.
@@ -90,7 +91,7 @@ class Cached:
         Raises:
             ValueError: For anything but logits, naming the signal and the layer.
         """
-        refuse_layers(request, self)
+        refuse_layers(request, f"the cache {self.path}", self.store.manifest.estimator)
         self.check_files()
         return CachedSource(self.store, request, device)
 
@@ -186,8 +187,7 @@ class CachedSource:
 
     def ask(self, request: Request) -> None:
         """From now on give these signals only."""
-        if request.hidden or request.heads:
-            raise ValueError(f"{self._name} gives logits alone")
+        refuse_layers(request, self._name, self._estimator)
         self._request = request
 
     def close(self) -> None:
@@ -195,8 +195,13 @@ class CachedSource:
         self._store = self._head = None
 
 
-def refuse_layers(request: Request, teacher: Cached) -> None:
+def refuse_layers(request: Request, owner: str, estimator: Estimator) -> None:
     """Refuse what no cache holds.
+
+    Args:
+        request: What is asked for.
+        owner: Of the cache or the objective, for the message.
+        estimator: What is kept.
 
     Raises:
         ValueError: Naming the signal and the layers.
@@ -205,8 +210,7 @@ def refuse_layers(request: Request, teacher: Cached) -> None:
     for what, layers in wanted.items():
         if layers:
             raise ValueError(
-                f"Cached: the cache {teacher.path} holds the teacher's logits "
-                f"({teacher.store.manifest.estimator}) and an objective asks for {what} "
-                f"{', '.join(map(str, sorted(layers)))}; keep to CrossEntropy and Logits, or write "
-                "teacher: {Local: …}"
+                f"{owner}: a cache (Cached) holds the teacher's logits, here as {estimator}, and "
+                f"{what} {', '.join(map(str, sorted(layers)))} are asked for; keep to CrossEntropy "
+                "and Logits, or write teacher: {Local: …}"
             )
