@@ -177,31 +177,24 @@ def prepare_run(
         shift,
         filled,
         seen,
-        (
-            *found.told,
-            *recall.told(master, objectives),
-            *_told(student, master.spec, given, objectives),
-            *idle_gates(terms, args),
-        ),
+        (*found.told, *_told(student, master, given, objectives), *idle_gates(terms, args)),
         found,
     )
     _check_training_data(run, args)
-    given_data = {name: filled[name] for name in ("train_dataset", "eval_dataset")}
-    recall.check_data(master, tokenizer, given_data, run.collator, partial(readable, args=args))
     return run
 
 
 def _told(
     student: ModelSpec,
-    teacher: ModelSpec,
+    teacher: Teacher,
     given: Sequence[Objective],
     objectives: Sequence[Objective],
 ) -> tuple[str, ...]:
     """What was settled without being asked for."""
-    said = []
+    said = [*recall.told(teacher, objectives)]
     if student.blocks is not None:
         blocks = ", ".join(map(str, student.blocks))
-        said.append(f"student: blocks {blocks} of the {teacher.depth} of {teacher.name}")
+        said.append(f"student: blocks {blocks} of the {teacher.spec.depth} of {teacher.spec.name}")
     faded = [
         type(b).__name__ for a, b in zip(given, objectives, strict=True) if a.weight != b.weight
     ]
@@ -227,11 +220,11 @@ def readable(example: Any, args: TrainingArguments) -> Any:  # noqa: ANN401  wha
 
 
 def _check_training_data(run: Run, args: TrainingArguments) -> None:
-    """Refuse training data that the objectives or the collator have no use for.
+    """Refuse data that the objectives, the collator or a cached teacher have no use for.
 
     Raises:
-        InputError: For several splits at once, labels that are missing or all masked, or nothing
-            to calibrate on.
+        InputError: For several splits at once, labels that are missing or all masked, nothing to
+            calibrate on, or examples that are not in the cache.
     """
     dataset = run.kwargs.get("train_dataset")
     if isinstance(dataset, Mapping):
@@ -252,6 +245,9 @@ def _check_training_data(run: Run, args: TrainingArguments) -> None:
     )
     if batch is not None:
         _check_masked(run, batch)
+    datasets = {name: run.kwargs.get(name) for name in ("train_dataset", "eval_dataset")}
+    tokenizer, read = run.kwargs["processing_class"], partial(readable, args=args)
+    recall.check_data(run.teacher, tokenizer, datasets, run.collator, read)
 
 
 def _check_masked(run: Run, batch: Mapping[str, Any]) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from llm_distill.caching import write_cache, writing
+from llm_distill.caching.asking import write_shard
 from tests import caches, launch
 
 KILL_AFTER = int(sys.argv[2]) if len(sys.argv) > 2 else None
 
 done: list[int] = []
-write_shard = writing.write_shard
 
 
 def watched(*args: Any) -> Any:
@@ -24,7 +24,7 @@ def watched(*args: Any) -> Any:
     return shard
 
 
-writing.write_shard = watched
+vars(writing)["write_shard"] = watched
 write_cache(caches.capture(Path(sys.argv[1])))
 sys.stdout.write(f"wrote shards {done}\n")
 launch.finish()

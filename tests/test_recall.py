@@ -179,7 +179,7 @@ class TestData:
         self, paths: dict[str, str], tmp_path: Path
     ) -> None:
         given = {"train_dataset": ROWS.select([9, 2]).to_list(), "eval_dataset": None}
-        own = {"data_collator": partial(_pad, token=3)}
+        own: dict[str, Any] = {"data_collator": partial(_pad, token=3)}
         assert trainer(tmp_path, paths["topk"], **given, **own).run.teacher
 
     def test_a_list_with_a_stranger(self, paths: dict[str, str], tmp_path: Path) -> None:

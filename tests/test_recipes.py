@@ -55,17 +55,23 @@ def tiny_version(recipe: Path, models: Path, out: Path) -> dict[str, Any]:
         )
     else:
         student = str(models / "student")
+    teacher: Any = str(models / "teacher")
+    given = content["teacher"]
+    if isinstance(given, dict) and "Cached" in given:
+        teacher = {
+            "Cached": {**given["Cached"], "path": str(out.with_name("cache")), "of": teacher}
+        }
     return {
         **content,
         "student": student,
-        "teacher": str(models / "teacher"),
+        "teacher": teacher,
         "data": data,
         "training": {**content["training"], **SMALL, "output_dir": str(out)},
     }
 
 
 def test_the_promised_recipes_are_there() -> None:
-    assert {"logits.yaml", "features.yaml"} <= {path.name for path in RECIPES}
+    assert {"logits.yaml", "features.yaml", "cached.yaml"} <= {path.name for path in RECIPES}
     assert [path.name for path in LAUNCHERS] == ["ddp.yaml", "fsdp2.yaml", "single.yaml"]
 
 
@@ -93,7 +99,10 @@ class TestRecipes:
     ) -> None:
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / ".cache")
         small = tmp_path / recipe.name
-        small.write_text(document.dump(tiny_version(recipe, models, tmp_path / "out")))
+        content = tiny_version(recipe, models, tmp_path / "out")
+        small.write_text(document.dump(content))
+        if "Cached" in content["teacher"]:
+            assert main(["cache", str(small)]) == 0, capsys.readouterr().err
         assert main([command, str(small)]) == 0, capsys.readouterr().err
         shown = capsys.readouterr().out
         for entry in document.read(recipe)["objectives"]:

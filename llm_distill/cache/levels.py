@@ -17,7 +17,7 @@ LEVELS = 255
 BEND = 1.5
 """Power of a level. Of 1, 1.5, 2 and 2.5, the least KL over flat and sharp rows together."""
 
-DEPTHS = (np.arange(LEVELS + 1, dtype=np.float32) / LEVELS) ** BEND
+DEPTHS: Floats = ((np.arange(LEVELS + 1) / LEVELS) ** BEND).astype(np.float32)
 """How far below the top each level is, as a share of the span."""
 
 WIDEST = 32.0

@@ -1,4 +1,4 @@
-"""`python -m scripts.bench head|step|mapping`: the command line.
+"""`python -m scripts.bench head|step|mapping|cache`: the command line.
 
 It imports torch when it has to run.
 """
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scripts.bench import cache
 from scripts.bench import settings as asked
 from scripts.bench.mapping import command as mapping
 
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     if options.benchmark == "mapping":
         return mapping.execute(options, argv)
+    if options.benchmark == "cache":
+        return cache.execute(options, argv)
     # Read by OpenMP when torch is imported, and by the processes that measure memory.
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(options.threads)
     settings = settled(options)
@@ -104,6 +107,8 @@ def parser() -> argparse.ArgumentParser:
         )
     about = "Automatic layer maps against the best one by hand."
     mapping.add(commands.add_parser("mapping", help=about, description=about))
+    about = "Bytes, fidelity and reading speed of cached teachers."
+    cache.add(commands.add_parser("cache", help=about, description=about))
     return made
 
 

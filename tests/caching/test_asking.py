@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from llm_distill.cache.shards import ShardReader
-from llm_distill.caching import asking
 from llm_distill.caching.asking import write_shard
 from llm_distill.data import Collator
 from llm_distill.errors import InputError
@@ -79,7 +78,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
         assert path.exists()
         raise OSError(errno.ENOSPC if full else errno.EIO, "no luck")
 
-    monkeypatch.setattr(asking.fingerprints, "of_file", fail)
+    monkeypatch.setattr("llm_distill.cache.fingerprints.of_file", fail)
     expected = InputError if full else OSError
     with pytest.raises(expected, match="is full; whole shards stay" if full else "no luck"):
         write_shard(made, made.parts[0], source, int)

@@ -19,6 +19,7 @@ from llm_distill.cache.estimators import hidden, sampled, topk
 from llm_distill.cache.manifest import FILE, UNFINISHED, Manifest
 from llm_distill.cache.store import Store
 from llm_distill.caching import write_cache, writing
+from llm_distill.caching.asking import write_shard
 from llm_distill.errors import InputError
 from tests import caches, launch, tiny
 
@@ -57,7 +58,7 @@ def test_datasets_loads_it(whole: Path, tmp_path: Path) -> None:
 
 
 def test_written_again_nothing_happens(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "write_shard", None)
+    monkeypatch.setattr("llm_distill.caching.writing.write_shard", None)
     before = files(whole)
     made = caches.capture(whole.parent)
     assert write_cache(made) == Manifest.read(whole / FILE)
@@ -69,7 +70,7 @@ def test_stopped_and_resumed_it_is_the_same(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
 ) -> None:
     made = caches.capture(tmp_path)
-    original = writing.write_shard
+    original = write_shard
     calls: list[int] = []
 
     def counting(*args: Any, most: int | None = done) -> Any:
@@ -78,13 +79,13 @@ def test_stopped_and_resumed_it_is_the_same(
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(writing, "write_shard", counting)
+    monkeypatch.setattr("llm_distill.caching.writing.write_shard", counting)
     with pytest.raises(KeyboardInterrupt):
         write_cache(made)
     assert not (made.folder / FILE).exists()
     (made.folder / "train-00001.part").write_bytes(b"half of a shard")
     calls.clear()
-    monkeypatch.setattr(writing, "write_shard", partial(counting, most=None))
+    monkeypatch.setattr("llm_distill.caching.writing.write_shard", partial(counting, most=None))
     write_cache(caches.capture(tmp_path))
     assert calls == list(range(done, len(made.parts)))
     assert files(made.folder) == files(whole)
@@ -154,7 +155,7 @@ class TestRefused:
         made = caches.capture(tmp_path)
         monkeypatch.setattr(type(made.run.teacher), "open", None)  # before weights load
         free = replace_free(1000)
-        monkeypatch.setattr(writing.shutil, "disk_usage", free)
+        monkeypatch.setattr("shutil.disk_usage", free)
         with pytest.raises(InputError, match=r"the cache would take about .* kB, and the disk of"):
             write_cache(made)
         assert not made.folder.exists()
@@ -174,9 +175,9 @@ def test_room_is_asked_for_what_is_left_alone(
 ) -> None:
     made = caches.capture(tmp_path)
     needed = writing.SPARE * made.row_bytes * sum(made.rows(part) for part in made.parts)
-    monkeypatch.setattr(writing.shutil, "disk_usage", replace_free(int(needed) + 1))
+    monkeypatch.setattr("shutil.disk_usage", replace_free(int(needed) + 1))
     writing.check_disk(made)
-    monkeypatch.setattr(writing.shutil, "disk_usage", replace_free(int(needed) - 1))
+    monkeypatch.setattr("shutil.disk_usage", replace_free(int(needed) - 1))
     with pytest.raises(InputError, match="would take about"):
         writing.check_disk(made)
     shutil.copytree(whole, made.folder)

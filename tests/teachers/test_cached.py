@@ -213,9 +213,12 @@ class TestSource:
     ) -> None:
         calls: list[bool] = []
         verify = Store.verify
-        monkeypatch.setattr(
-            Store, "verify", lambda self, *, shown: (calls.append(shown), verify(self))[1]
-        )
+
+        def counted(store: Store, *, shown: bool) -> None:
+            calls.append(shown)
+            verify(store)
+
+        monkeypatch.setattr(Store, "verify", counted)
         teacher = Cached(paths["topk"])
         teacher.open(LOGITS, CPU)
         teacher.open(LOGITS, CPU)
