@@ -264,7 +264,7 @@ def _check_examples(teacher: Cached, name: str, found: Named) -> None:
         return
     first, facts = missing[0], found.facts()
     known = teacher.store.manifest.data
-    split = "eval" if name.startswith("eval") else "train"
+    split = name.replace("_dataset", "")
     if split not in known:
         raise InputError(
             f"the cache {teacher.path} holds no {split} data ({', '.join(known)} alone); write it "

@@ -43,13 +43,15 @@ def of_top(top: TopK) -> Columns:
 def top_of(found: Encoded, k: int) -> TopK:
     """The likeliest tokens as they were kept."""
     span, tail = found.halves("shape", 2)
-    ids = join_ids(*(found.table(name, k) for name in ("low", "step", "leap")))
+    ids = join_ids(*(found.table(name, k) for name in TOP[:3]))
     log_probs, outside = from_levels(found.table("levels", k), span, tail)
-    return TopK(*(torch.from_numpy(a) for a in (ids.astype(np.int64), log_probs, outside)))
+    return TopK(*(torch.from_numpy(a) for a in (ids, log_probs, outside)))
 
 
 def together(parts: Sequence[TopK]) -> TopK:
     """Rows one after the other."""
+    if len(parts) == 1:
+        return parts[0]
     ids, log_probs, tail = ([vars(part)[name] for part in parts] for name in vars(parts[0]))
     return TopK(torch.cat(ids), torch.cat(log_probs), torch.cat(tail))
 
@@ -67,11 +69,13 @@ def drawn_of(found: Encoded, draws: int) -> Counts:
     """Drawn tokens as they were kept."""
     ids = join_ids(*(found.table(name, found.width) for name in DRAWN[:3]))
     counts = found.table("counts", found.width).astype(np.int64)
-    return Counts(torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(counts), draws)
+    return Counts(torch.from_numpy(ids), torch.from_numpy(counts), draws)
 
 
 def joined(parts: Sequence[Counts]) -> Counts:
     """Rows one after the other; narrow ones are filled up with tokens that count nothing."""
+    if len(parts) == 1:
+        return parts[0]
     width = max(part.ids.shape[1] for part in parts)
     ids = [_filled(part.ids, width) for part in parts]
     counts = [_filled(part.counts, width, empty=True) for part in parts]

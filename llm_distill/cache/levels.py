@@ -57,7 +57,7 @@ def from_levels(
     >>> print(np.exp(log_probs).round(3), np.exp(tail).round(3))
     [[0.4 0.2 0.1]] [0.3]
     """
-    found: Floats = DEPTHS[levels]
+    found: Floats = np.take(DEPTHS, levels)
     found *= -span.astype(np.float32)[:, None]
     outside = np.minimum(tail.astype(np.float32), np.float32(-LEAST_HEAD))
     inside = np.log(-np.expm1(outside)) - np.log(np.exp(found).sum(1))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from llm_distill.keys import KEY_BYTES
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+    from numpy.typing import NDArray
 
 GROUP_ROWS = 1024
 """Supervised rows of a row group, from which the next one begins."""
@@ -161,19 +164,24 @@ class ShardReader:
         except (OSError, pa.ArrowException) as error:
             raise damaged(self.path, error) from error
         keys, rows, widths = (table[name].to_pylist() for name in wanted[:3])
-        columns = {name: table[name].combine_chunks() for name in self.columns}
+        pieces = {name: _pieces(table[name]) for name in self.columns}
         examples = [
-            Encoded(
-                rows[k],
-                widths[k],
-                {
-                    name: np.frombuffer(column[k].as_buffer(), np.uint8)
-                    for name, column in columns.items()
-                },
-            )
+            Encoded(rows[k], widths[k], {name: pieces[name][k] for name in self.columns})
             for k in range(len(rows))
         ]
-        return Group(keys, examples, table.nbytes)
+        size = sum(len(piece) for column in pieces.values() for piece in column)
+        return Group(keys, examples, size)
+
+
+def _pieces(column: pa.ChunkedArray) -> list[NDArray[np.uint8]]:
+    """The values of a binary column, none copied."""
+    found = []
+    for chunk in column.chunks:
+        _, offsets, data = chunk.buffers()
+        ends = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+        content = np.frombuffer(data, np.uint8) if data is not None else np.zeros(0, np.uint8)
+        found += [content[start:end] for start, end in pairwise(ends.tolist())]
+    return found
 
 
 def damaged(path: Path, error: Exception) -> InputError:

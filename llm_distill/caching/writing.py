@@ -83,6 +83,8 @@ def check_disk(capture: Capture) -> None:
     """
     left = [part for part in capture.parts if not capture.is_whole(part)]
     needed = SPARE * sum(capture.rows(part) for part in left) * capture.row_bytes
+    if capture.estimator.example() is None:
+        needed += capture.vocabulary * capture.row_bytes  # the head, as wide as a row
     there = capture.folder.absolute()
     while not there.exists():
         there = there.parent
@@ -183,20 +185,20 @@ def _write_shards(capture: Capture, source: Source) -> None:
     bar = Progress(
         TextColumn("asking the teacher"),
         BarColumn(),
-        TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens, {task.speed:,.0f} a second"),
-        TextColumn("{task.fields[size]:.1f} bytes a token"),
+        TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens, {task.fields[told]}"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         disable=not shown,
     )
     with bar:
         total = sum(capture.rows(part) for part in left)
-        task = bar.add_task("", total=total, size=capture.row_bytes)
+        task = bar.add_task("", total=total, told=f"some {capture.row_bytes:.0f} bytes each")
         rows = size = 0
         for part in left:
             shard = write_shard(capture, part, source, lambda n: bar.advance(task, n))
             rows, size = rows + shard.rows, size + shard.bytes
-            bar.update(task, size=size / rows)
+            speed = bar.tasks[0].speed or 0.0
+            bar.update(task, told=f"{speed:,.0f} a second, {size / rows:.1f} bytes each")
 
 
 def _finish(capture: Capture) -> None:

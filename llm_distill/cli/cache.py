@@ -76,7 +76,7 @@ def figures(written: Manifest) -> dict[str, float]:
     return {
         "bytes per supervised token": written.bytes / max(written.rows, 1),
         "KL of what is read to what is kept, nats per token": told["kl"],
-        "the largest of these": told["worst"],
+        "KL of what is read to what is kept, the largest": told["worst"],
         "probability of the kept tokens": told["mass"],
         "entropy of the teacher, nats per token": told["entropy"],
         "negative log-likelihood of the labels under the teacher, nats": told["nll"],

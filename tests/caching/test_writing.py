@@ -188,6 +188,16 @@ def test_room_is_asked_for_what_is_left_alone(
     writing.check_disk(made)
 
 
+def test_progress_and_bytes_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = caches.capture(tmp_path)
+    made.args.disable_tqdm = False
+    write_cache(made)
+    shown = capsys.readouterr().err
+    rows = sum(made.rows(part) for part in made.parts)
+    assert f"{rows:,} of {rows:,} tokens" in " ".join(shown.split())
+    assert "bytes each" in " ".join(shown.split())
+
+
 def test_no_secret_path_in_what_is_written(tmp_path: Path) -> None:
     from llm_distill import Local
 
