@@ -17,7 +17,16 @@ from llm_distill.signals import ModelSpec, Request
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-BESIDE = ("rows", "valid", "keys", "theirs", "examples", "labels", "num_items_in_batch")
+BESIDE = (
+    "rows",
+    "valid",
+    "keys",
+    "theirs",
+    "examples",
+    "told",
+    "labels",
+    "num_items_in_batch",
+)
 """What stands in a collated batch and is no input of a model."""
 
 
@@ -142,7 +151,7 @@ def make_batch(
     if keep is not None:
         rows = rows.first(keep)
         valid = None if valid is None else valid.first(keep)
-    queries, examples = None, collated.get("examples")
+    queries, examples, told = None, collated.get("examples"), collated.get("told")
     if plan is not None:
         among = rows if plan.rows == "supervised" else valid
         missing = len(keys) - len(among.per_sequence)
@@ -154,8 +163,11 @@ def make_batch(
         theirs = make_batch(collated["theirs"], None, seed=seed, epoch=epoch, keep=keep)
     if examples is not None and keep is not None:
         examples = examples.first(keep)
+    if told is not None and keep is not None:
+        own = slice(len(rows))
+        told = told[own] if isinstance(told, torch.Tensor) else told.rows(own)
     draw = Draw(seed, epoch, tuple(keys))
-    batch = Batch(inputs, rows, valid, queries, draw, theirs, examples)
+    batch = Batch(inputs, rows, valid, queries, draw, theirs, examples, told)
     return batch.to(rows.index.device)
 
 

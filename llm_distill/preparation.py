@@ -120,6 +120,7 @@ class Run:
             positions=self.tokenizers.positions(self.student, self.teacher.spec),
             theirs=None if retold is None else RowCollator(retold, shift=self.shift, valid=True),
             named=recall.looks_up(self.teacher),
+            lookup=recall.lookup_of(self.teacher) if self.opening_request.logits else None,
         )
 
 
@@ -238,6 +239,9 @@ def _check_training_data(run: Run, args: TrainingArguments) -> None:
             "there is no train_dataset to calibrate on; give one, or write init: random and heads: "
             "mean or group"
         )
+    datasets = {name: run.kwargs.get(name) for name in ("train_dataset", "eval_dataset")}
+    tokenizer, read = run.kwargs["processing_class"], partial(readable, args=args)
+    recall.check_data(run.teacher, tokenizer, datasets, run.collator, read)
     batch = first_batch(
         run.collator,
         (readable(example, args) for example in first_of(dataset, CHECKED)),
@@ -245,9 +249,6 @@ def _check_training_data(run: Run, args: TrainingArguments) -> None:
     )
     if batch is not None:
         _check_masked(run, batch)
-    datasets = {name: run.kwargs.get(name) for name in ("train_dataset", "eval_dataset")}
-    tokenizer, read = run.kwargs["processing_class"], partial(readable, args=args)
-    recall.check_data(run.teacher, tokenizer, datasets, run.collator, read)
 
 
 def _check_masked(run: Run, batch: Mapping[str, Any]) -> None:

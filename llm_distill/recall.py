@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset as TorchStream
 
 from llm_distill import binding, mapping
 from llm_distill.cache import fingerprints
+from llm_distill.cache.lookup import Lookup
 from llm_distill.data import Collator
 from llm_distill.errors import InputError
 from llm_distill.keys import example_key
@@ -76,6 +77,11 @@ def looks_up(teacher: object) -> bool:
     elif dataclasses.is_dataclass(teacher):
         parts = tuple(vars(teacher).values())
     return any(looks_up(part) for part in parts)
+
+
+def lookup_of(teacher: object) -> Lookup | None:
+    """Reads a cache where batches are collated, in the DataLoader's processes; None for others."""
+    return Lookup(teacher.path) if isinstance(teacher, Cached) else None
 
 
 def check_objectives(
@@ -225,7 +231,7 @@ def _from_batches(
     read: Callable[[Any], Any],
 ) -> Iterator[tuple[bytes, int, int]]:
     """The same by collating each example alone, which any dataset and collator can."""
-    naming = dataclasses.replace(collator, named=True)
+    naming = dataclasses.replace(collator, named=True, lookup=None)
     for place in range(len(dataset)):
         with torch.random.fork_rng(devices=[]):
             batch = naming([read(dataset[place])])

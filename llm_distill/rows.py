@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llm_distill.keys import Examples
+from llm_distill.losses.sparse import Counts, TopK
 from llm_distill.queries import Queries
 
 IGNORED = -100
@@ -126,6 +127,7 @@ class Batch:
         draw: What random choices of its rows follow from.
         theirs: The same sequences in the teacher's own tokens, where its tokenizer is another.
         examples: Their names, by which a cache finds them; None where nobody looks them up.
+        told: What a cache has of the supervised rows, where it was read with the batch.
         picked: What was chosen already (`llm_distill.picks`).
     """
 
@@ -136,6 +138,7 @@ class Batch:
     draw: Draw = field(default_factory=Draw)
     theirs: Batch | None = None
     examples: Examples | None = None
+    told: TopK | Counts | Tensor | None = None
     picked: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def to(self, device: torch.device | str) -> Batch:
@@ -148,6 +151,7 @@ class Batch:
             self.draw,
             None if self.theirs is None else self.theirs.to(device),
             self.examples,
+            None if self.told is None else self.told.to(device),
         )
 
     @property

@@ -95,7 +95,13 @@ def of_states(states: Tensor) -> NDArray[np.uint8]:
 def states_of(raw: NDArray[np.uint8], rows: int, dtype: torch.dtype) -> Tensor:
     """What `of_states` took apart: `[bytes, N * D] -> [N, D]`."""
     planes = raw.reshape(dtype.itemsize, -1)
-    return torch.from_numpy(np.ascontiguousarray(planes.T)).view(dtype).reshape(rows, -1)
+    whole = planes[-1].astype(
+        f"<u{dtype.itemsize}"
+    )  # a shift per plane is faster than to transpose
+    for plane in planes[-2::-1]:
+        whole <<= 8
+        whole |= plane
+    return torch.from_numpy(whole).view(dtype).reshape(rows, -1)
 
 
 def as_bytes(values: NDArray[np.generic]) -> NDArray[np.uint8]:

@@ -13,13 +13,16 @@ from llm_distill.cache import columns
 from llm_distill.cache.encoded import Encoded, Fidelity
 from llm_distill.errors import InputError
 from llm_distill.losses.softmax import log_softmax
-from llm_distill.losses.sparse import TopK
-from llm_distill.signals import Whole
+from llm_distill.losses.sparse import Counts, TopK
+from llm_distill.signals import Factored, Whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from llm_distill.signals import Distribution, Head
+
+Told = TopK | Counts | Tensor
+"""Targets as a process makes them that has no head: sparse ones, or hidden states."""
 
 CHUNK = 256
 """Rows whose logits exist at a time."""
@@ -71,13 +74,23 @@ class Estimator(ABC):
         """The targets of an example, and how near they are once read back."""
 
     @abstractmethod
+    def tensors(self, found: Sequence[Encoded], dtype: torch.dtype) -> Told:
+        """The targets of examples, row after row, on the CPU: hidden states without the head.
+
+        Args:
+            found: In their order; none for targets of no rows.
+            dtype: Of hidden states.
+        """
+
     def decode(self, found: Sequence[Encoded], head: Head | None) -> Distribution:
-        """The targets of examples, row after row, on the CPU.
+        """The targets of examples, row after row.
 
         Args:
             found: In their order; none for targets of no rows.
             head: The teacher's, where its logits are made of hidden states.
         """
+        dtype = torch.float32 if head is None else head.weight.dtype
+        return distribution(self.tensors(found, dtype), head)
 
     def example(self) -> Distribution | None:
         """Targets of no rows, to ask which terms they serve; None where they serve any."""
@@ -99,6 +112,19 @@ class Estimator(ABC):
         Raises:
             InputError: Saying what would.
         """
+
+
+def distribution(told: Told, head: Head | None) -> Distribution:
+    """What was told, with the teacher's head where it is hidden states.
+
+    Raises:
+        RuntimeError: If there is no head.
+    """
+    if not isinstance(told, Tensor):
+        return told
+    if head is None:
+        raise RuntimeError("hidden states were kept without a head")
+    return Factored(told.reshape(len(told), head.weight.shape[1]), head)
 
 
 def facts(logits: Tensor, labels: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from llm_distill.signals import Factored
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from llm_distill.signals import Head
+    from torch import Tensor
 
 NO_TOP = TopK(torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1), torch.zeros(0))
 """Targets of no rows."""
@@ -58,9 +58,9 @@ class Top(Estimator):
         kept = Encoded(len(top), 0, {**columns.of_top(top), "facts": half(known)})
         return kept, fidelity(known, top, columns.top_of(kept, self.k))
 
-    def decode(self, found: Sequence[Encoded], head: Head | None) -> TopK:
+    def tensors(self, found: Sequence[Encoded], dtype: torch.dtype) -> TopK:
         """The likeliest tokens."""
-        del head
+        del dtype
         parts = [columns.top_of(part, self.k) for part in found]
         return columns.together(parts) if parts else NO_TOP
 
@@ -107,9 +107,9 @@ class Drawn(Estimator):
         )
         return kept, fidelity(known, mass=mass)
 
-    def decode(self, found: Sequence[Encoded], head: Head | None) -> Counts:
+    def tensors(self, found: Sequence[Encoded], dtype: torch.dtype) -> Counts:
         """The draws."""
-        del head
+        del dtype
         parts = [columns.drawn_of(part, self.n) for part in found]
         return columns.joined(parts) if parts else NO_DRAWS
 
@@ -152,9 +152,9 @@ class Mixed(Estimator):
         kept = Encoded(len(top), rest.ids.shape[1], found)
         return kept, fidelity(known, top, columns.top_of(kept, self.m))
 
-    def decode(self, found: Sequence[Encoded], head: Head | None) -> Counts:
+    def tensors(self, found: Sequence[Encoded], dtype: torch.dtype) -> Counts:
         """Weights that are right on average."""
-        del head
+        del dtype
         if not found:
             return NO_DRAWS
         top = columns.together([columns.top_of(part, self.m) for part in found])
@@ -202,14 +202,10 @@ class States(Estimator):
             raise RuntimeError("hidden states were not read back as they were written")
         return kept, fidelity(torch.cat(told, 1), mass=float(len(said)))
 
-    def decode(self, found: Sequence[Encoded], head: Head | None) -> Factored:
-        """Hidden states with the teacher's head."""
-        if head is None:
-            raise RuntimeError("hidden states were kept without a head")
-        dtype = head.weight.dtype
-        none = torch.zeros(0, head.weight.shape[1], dtype=dtype)
-        parts = [columns.states_of(p.columns["states"], p.rows, dtype) for p in found]
-        return Factored(torch.cat([none, *parts]), head)
+    def tensors(self, found: Sequence[Encoded], dtype: torch.dtype) -> Tensor:
+        """Hidden states."""
+        parts = [columns.states_of(part.columns["states"], part.rows, dtype) for part in found]
+        return torch.cat(parts) if parts else torch.zeros(0, 0, dtype=dtype)
 
     def example(self) -> None:
         """They serve any term on logits."""

@@ -172,7 +172,8 @@ def save_head(folder: Path, head: Head) -> dict[str, object]:
         tensors["bias"] = head.bias.detach().cpu().contiguous()
     save_file(tensors, folder / HEAD)
     digest = fingerprints.of_file(folder / HEAD)
-    return {"scale": head.scale, "softcap": head.softcap, "sha256": digest}
+    dtype = str(head.weight.dtype).removeprefix("torch.")
+    return {"scale": head.scale, "softcap": head.softcap, "dtype": dtype, "sha256": digest}
 
 
 def _check_size(path: Path, expected: int) -> None:

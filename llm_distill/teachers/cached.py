@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from llm_distill import loading
 from llm_distill.cache import estimators
-from llm_distill.cache.estimator import Estimator
+from llm_distill.cache.estimator import Estimator, distribution
+from llm_distill.cache.lookup import Lookup
 from llm_distill.cache.store import TEACHER, Store
 from llm_distill.errors import InputError
 from llm_distill.signals import ModelSpec, Request, Signals
@@ -151,7 +152,7 @@ class CachedSource:
 
     def __init__(self, store: Store, request: Request, device: torch.device) -> None:
         self.device = device
-        self._store: Store | None = store
+        self._lookup: Lookup | None = Lookup(str(store.folder))
         self._name = f"cache of {store.manifest.teacher}"
         self._estimator = store.manifest.estimator
         head = store.head()
@@ -163,27 +164,19 @@ class CachedSource:
 
     def __call__(self, batch: Batch) -> Signals:
         """What was written down of a batch."""
-        if self._store is None:
+        if self._lookup is None:
             raise RuntimeError("this teacher was closed; open it again")
         if not self._request.logits:
             return Signals(self._name)
-        named = batch.examples
-        if named is None:
-            raise LookupError(
-                "this batch was collated without the keys of its examples, by which a cache finds "
-                "them; make it with RowCollator(named=True)"
-            )
-        keys = [key for key, rows in zip(named.keys, named.rows, strict=True) if rows]
-        counts = [rows for rows in named.rows if rows]
-        found = self._store.fetch(keys)
-        wrong = [k for k, part in enumerate(found) if part.rows != counts[k]]
-        if wrong:
-            raise InputError(
-                f"the cache {self._store.folder} has {found[wrong[0]].rows} rows of an example "
-                f"with {counts[wrong[0]]}; its index is of other shards: write it anew"
-            )
-        said = self._estimator.decode(found, self._head)
-        return moved(Signals(self._name, said), self.device)
+        told = batch.told
+        if told is None:  # it was not read where the batch was collated
+            if batch.examples is None:
+                raise LookupError(
+                    "this batch was collated without the keys of its examples, by which a cache "
+                    "finds them; make it with RowCollator(named=True)"
+                )
+            told = self._lookup(batch.examples)
+        return moved(Signals(self._name, distribution(told, self._head)), self.device)
 
     def ask(self, request: Request) -> None:
         """From now on give these signals only."""
@@ -192,7 +185,7 @@ class CachedSource:
 
     def close(self) -> None:
         """Let the files go; twice is once."""
-        self._store = self._head = None
+        self._lookup = self._head = None
 
 
 def refuse_layers(request: Request, owner: str, estimator: Estimator) -> None:
