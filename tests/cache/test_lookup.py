@@ -2,6 +2,7 @@
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,11 @@ from llm_distill.losses.sparse import Counts, TopK
 from tests import caches, tiny
 
 ROWS = tiny.rows(32, empty=(3,))
-KINDS = {"topk": (caches.TOP, TopK), "sampled": (sampled, Counts), "hidden": (hidden, Tensor)}
+KINDS: dict[str, tuple[Any, type]] = {
+    "topk": (caches.TOP, TopK),
+    "sampled": (sampled, Counts),
+    "hidden": (hidden, Tensor),
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +43,8 @@ def collator(path: str) -> RowCollator:
 class TestKinds:
     def test_beside_the_rows(self, paths: dict[str, str], kind: str) -> None:
         batch = collator(paths[kind])([ROWS[k] for k in (4, 3, 9)])
-        assert isinstance(batch["told"], KINDS[kind][1])
+        told: Any = batch["told"]
+        assert isinstance(told, KINDS[kind][1])
         assert len(batch["told"]) == len(batch["rows"])
         made = make_batch(batch, None, seed=0, epoch=0)
         assert "told" not in made.inputs

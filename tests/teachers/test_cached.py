@@ -301,6 +301,16 @@ class TestTraining:
         )
         assert (whole - parts).abs().max() < 1e-6
 
+    @pytest.mark.parametrize("kind", ["topk", "sampled", "hidden"])
+    def test_targets_are_read_where_batches_are_collated(
+        self, paths: dict[str, str], tmp_path: Path, kind: str
+    ) -> None:
+        trainer = trained(tmp_path / "a", Cached(paths[kind]), max_steps=1)[0]
+        source = cast("Any", trainer._source)
+        source._lookup = object()  # nothing is left for it to do
+        trainer.train()
+        assert trainer.evaluate()["eval_kl"] > 0
+
     @pytest.mark.parametrize("kind", ["topk", "hybrid"])
     def test_it_resumes_bit_exactly(self, paths: dict[str, str], tmp_path: Path, kind: str) -> None:
         saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
