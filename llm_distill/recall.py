@@ -75,7 +75,7 @@ def looks_up(teacher: object) -> bool:
     elif isinstance(teacher, tuple | list):
         parts = teacher
     elif dataclasses.is_dataclass(teacher):
-        parts = tuple(vars(teacher).values())
+        parts = tuple(vars(teacher)[field.name] for field in dataclasses.fields(teacher))
     return any(looks_up(part) for part in parts)
 
 

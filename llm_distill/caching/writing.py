@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.distributed.tensor import DTensor
 
 from llm_distill import loading
 from llm_distill.cache import estimators, fingerprints
@@ -57,6 +58,7 @@ def write_cache(capture: Capture, *, overwrite: bool = False) -> Manifest:
         check_disk(capture)
     source = capture.run.teacher.open(Request(logits=True), capture.args.device)
     try:
+        _refuse_sharded(source)
         begun = _begun(capture, source)
         there = _there(capture, begun, overwrite=overwrite)
         if there is not None and (capture.folder / FILE).is_file():
@@ -93,6 +95,20 @@ def check_disk(capture: Capture) -> None:
         raise InputError(
             f"the cache would take about {_size(needed)}, and the disk of {there} has "
             f"{_size(free)} left; write another path, or keep less: keep: {{topk: {{k: 16}}}}"
+        )
+
+
+def _refuse_sharded(source: Source) -> None:
+    """Refuse a teacher in shards: its processes run together, and those that write a cache do not.
+
+    Raises:
+        InputError: Saying how else.
+    """
+    if source.model is not None and any(isinstance(p, DTensor) for p in source.model.parameters()):
+        raise InputError(
+            "the teacher is sharded over processes, which have to run together, and each process "
+            "of llm-distill cache asks it about other examples; start one process, and spread the "
+            "teacher over its GPUs: of: {Local: {model: …, device_map: auto}}"
         )
 
 

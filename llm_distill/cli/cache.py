@@ -64,6 +64,8 @@ def cache(recipe: Recipe, *, overwrite: bool = False) -> Manifest:
         raise
     except ValueError as error:
         raise InputError(str(error)) from error
+    args.distributed_state.wait_for_everyone()
+    args.distributed_state.destroy_process_group()
     screen.say(f"Cache: {written}")
     screen.figures(figures(written), title="what was written")
     screen.say(f"It is in {cached.path}; llm-distill run with the same recipe trains from it")

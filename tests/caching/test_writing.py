@@ -160,6 +160,13 @@ class TestRefused:
             write_cache(made)
         assert not made.folder.exists()
 
+    def test_a_sharded_teacher(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(writing, "DTensor", torch.nn.Parameter)  # as if
+        made = caches.capture(tmp_path)
+        with pytest.raises(InputError, match=r"the teacher is sharded .* device_map: auto"):
+            write_cache(made)
+        assert not made.folder.exists()
+
     def test_settings_that_do_not_fit(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="topk: k is 500; write a number from 1 to 128"):
             write_cache(caches.capture(tmp_path, partial(topk, k=500)))

@@ -8,7 +8,8 @@ import pytest
 
 from llm_distill.cache.manifest import FILE, Manifest
 from llm_distill.cli.cache import figures
-from tests import on_disk
+from llm_distill.recipe import document
+from tests import launch, on_disk
 from tests.cli.conftest import Cli
 
 
@@ -133,3 +134,11 @@ def test_what_the_table_tells(cli: Cli, sections: dict[str, Any], tmp_path: Path
     told = figures(Manifest.read(tmp_path / "cache" / FILE))
     assert 50 < told["bytes per supervised token"] < 200
     assert 0 <= told["KL of what is read to what is kept, nats per token"] < 2e-5
+
+
+def test_two_processes(sections: dict[str, Any], content: dict[str, Any], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(document.dump({**content, **sections}), encoding="utf-8")
+    said = launch.launch("llm_distill", "cache", str(recipe), ranks=2)
+    assert said.count("bytes per supervised token") == 1
+    assert Manifest.read(tmp_path / "cache" / FILE).rows > 0
