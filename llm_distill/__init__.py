@@ -40,13 +40,14 @@ if TYPE_CHECKING:
         Taid,
     )
     from llm_distill.students import FromConfig, FromTeacher
-    from llm_distill.teachers import Local, Remote
+    from llm_distill.teachers import Cached, Local, Remote
     from llm_distill.trainer import DistillTrainer
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "AttentionMaps": "objectives",
+    "Cached": "teachers",
     "Contrastive": "objectives",
     "CrossEntropy": "objectives",
     "Data": "data",
@@ -86,6 +87,7 @@ _WHERE = {
 
 __all__ = [
     "AttentionMaps",
+    "Cached",
     "Contrastive",
     "CrossEntropy",
     "Data",

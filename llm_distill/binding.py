@@ -17,6 +17,18 @@ from llm_distill.signals import ModelSpec, Request
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+BESIDE = (
+    "rows",
+    "valid",
+    "keys",
+    "theirs",
+    "examples",
+    "told",
+    "labels",
+    "num_items_in_batch",
+)
+"""What stands in a collated batch and is no input of a model."""
+
 
 def bind(
     objectives: Sequence[Objective],
@@ -129,7 +141,7 @@ def make_batch(
     """What `RowCollator` made, as models and terms see it.
 
     Args:
-        collated: Model inputs with `rows`, `valid`, `keys` and perhaps `theirs` beside them.
+        collated: Model inputs with what `RowCollator` puts beside them.
         plan: Which query rows to sample; None for none.
         seed: Of the run.
         epoch: Of the queries.
@@ -140,21 +152,23 @@ def make_batch(
     if keep is not None:
         rows = rows.first(keep)
         valid = None if valid is None else valid.first(keep)
-    queries = None
+    queries, examples, told = None, collated.get("examples"), collated.get("told")
     if plan is not None:
         among = rows if plan.rows == "supervised" else valid
         missing = len(keys) - len(among.per_sequence)
         among = replace(among, per_sequence=(*among.per_sequence, *[0] * missing))
         queries = sample_queries(among, keys, most=plan.most, seed=seed, epoch=epoch)
-    inputs = {
-        k: v
-        for k, v in collated.items()
-        if k not in ("rows", "valid", "keys", "theirs", "labels", "num_items_in_batch")
-    }
+    inputs = {k: v for k, v in collated.items() if k not in BESIDE}
     theirs = None
     if "theirs" in collated:
         theirs = make_batch(collated["theirs"], None, seed=seed, epoch=epoch, keep=keep)
-    batch = Batch(inputs, rows, valid, queries, Draw(seed, epoch, tuple(keys)), theirs)
+    if examples is not None and keep is not None:
+        examples = examples.first(keep)
+    if told is not None and keep is not None:
+        own = slice(len(rows))
+        told = told[own] if isinstance(told, torch.Tensor) else told.rows(own)
+    draw = Draw(seed, epoch, tuple(keys))
+    batch = Batch(inputs, rows, valid, queries, draw, theirs, examples, told)
     return batch.to(rows.index.device)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llm_distill.errors import InputError
+from llm_distill.keys import Examples, name_examples
 from llm_distill.rows import example_keys, supervised_rows, valid_rows
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RowCollator:
-    """Any collator, plus `rows`, `valid`, `keys` and perhaps `theirs` beside what it makes.
+    """Any collator, plus `rows`, `valid`, `keys` and perhaps more beside what it makes.
 
     Attributes:
         collator: Makes `input_ids`, `labels` and usually `attention_mask`.
@@ -26,6 +27,8 @@ class RowCollator:
         positions: Tokens a sequence may have: the fewer of both models'; None: not known.
         theirs: Makes the teacher's own batch of the real tokens of each sequence, where its
             tokenizer is another.
+        named: Whether a cached teacher looks the examples up, by what they are.
+        lookup: Does it here, in the process that collates.
     """
 
     collator: Callable[[list[Any]], Mapping[str, Any]]
@@ -33,6 +36,8 @@ class RowCollator:
     valid: bool
     positions: int | None = None
     theirs: RowCollator | None = None
+    named: bool = False
+    lookup: Callable[[Examples], object] | None = None
 
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
         """Collate examples.
@@ -52,6 +57,11 @@ class RowCollator:
         batch["rows"] = supervised_rows(ids, mask, batch["labels"], shift=self.shift)
         batch["valid"] = valid_rows(ids, mask) if self.valid else None
         batch["keys"] = example_keys(ids, mask)
+        if self.named or self.lookup is not None:
+            rows = batch["rows"].sequence, batch["rows"].position
+            batch["examples"] = name_examples(ids, mask, batch.get("position_ids"), rows)
+        if self.lookup is not None:
+            batch["told"] = self.lookup(batch["examples"])
         if self.shift and mask is not None and "position_ids" not in batch and _padded_left(mask):
             batch["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
         if self.theirs is not None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from llm_distill import binding, mapping
+from llm_distill import binding, mapping, recall
 from llm_distill.arguments import (
     check_arguments,
     check_batches,
@@ -118,6 +119,8 @@ class Run:
             valid=binding.needs_valid(self.terms),
             positions=self.tokenizers.positions(self.student, self.teacher.spec),
             theirs=None if retold is None else RowCollator(retold, shift=self.shift, valid=True),
+            named=recall.looks_up(self.teacher),
+            lookup=recall.lookup_of(self.teacher) if self.opening_request.logits else None,
         )
 
 
@@ -143,6 +146,7 @@ def prepare_run(
     given, objectives = objectives, binding.ready(objectives, student, master.spec)
     terms = binding.bind(objectives, student, master.spec, seed=args.seed)
     binding.check_optimizers(terms, kwargs.get("optimizers", (None, None)))
+    recall.check(master, objectives, terms, student)
     if kwargs.get("eval_dataset") is not None or binding.reads_logits(terms):
         refuse_adapted_head(model, master.config, adapter)
     if terms and any(term.student.heads for term in terms.values()):
@@ -174,7 +178,7 @@ def prepare_run(
         shift,
         filled,
         seen,
-        (*found.told, *_told(student, master.spec, given, objectives), *idle_gates(terms, args)),
+        (*found.told, *_told(student, master, given, objectives), *idle_gates(terms, args)),
         found,
     )
     _check_training_data(run, args)
@@ -184,15 +188,15 @@ def prepare_run(
 
 def _told(
     student: ModelSpec,
-    teacher: ModelSpec,
+    teacher: Teacher,
     given: Sequence[Objective],
     objectives: Sequence[Objective],
 ) -> tuple[str, ...]:
     """What was settled without being asked for."""
-    said = []
+    said = [*recall.told(teacher, objectives)]
     if student.blocks is not None:
         blocks = ", ".join(map(str, student.blocks))
-        said.append(f"student: blocks {blocks} of the {teacher.depth} of {teacher.name}")
+        said.append(f"student: blocks {blocks} of the {teacher.spec.depth} of {teacher.spec.name}")
     faded = [
         type(b).__name__ for a, b in zip(given, objectives, strict=True) if a.weight != b.weight
     ]
@@ -223,11 +227,11 @@ def readable(example: Any, args: TrainingArguments) -> Any:  # noqa: ANN401  wha
 
 
 def _check_training_data(run: Run, args: TrainingArguments) -> None:
-    """Refuse training data that the objectives or the collator have no use for.
+    """Refuse data that the objectives, the collator or a cached teacher have no use for.
 
     Raises:
-        InputError: For several splits at once, labels that are missing or all masked, or nothing
-            to calibrate on.
+        InputError: For several splits at once, labels that are missing or all masked, nothing to
+            calibrate on, or examples that are not in the cache.
     """
     dataset = run.kwargs.get("train_dataset")
     if isinstance(dataset, Mapping):
@@ -241,6 +245,9 @@ def _check_training_data(run: Run, args: TrainingArguments) -> None:
             "there is no train_dataset to calibrate on; give one, or write init: random and heads: "
             "mean or group"
         )
+    datasets = {name: run.kwargs.get(name) for name in ("train_dataset", "eval_dataset")}
+    tokenizer, read = run.kwargs["processing_class"], partial(readable, args=args)
+    recall.check_data(run.teacher, tokenizer, datasets, run.collator, read)
     batch = first_batch(
         run.collator,
         (readable(example, args) for example in first_of(dataset, CHECKED)),

@@ -15,6 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llm_distill.keys import Examples
+from llm_distill.losses.sparse import Counts, TopK
 from llm_distill.queries import Queries
 
 IGNORED = -100
@@ -124,6 +126,8 @@ class Batch:
         queries: Sampled query positions; None where no term asked for maps.
         draw: What random choices of its rows follow from.
         theirs: The same sequences in the teacher's own tokens, where its tokenizer is another.
+        examples: Their names, by which a cache finds them; None where nobody looks them up.
+        told: What a cache has of the supervised rows, where it was read with the batch.
         picked: What was chosen already (`llm_distill.picks`).
     """
 
@@ -133,6 +137,8 @@ class Batch:
     queries: Queries | None = None
     draw: Draw = field(default_factory=Draw)
     theirs: Batch | None = None
+    examples: Examples | None = None
+    told: TopK | Counts | Tensor | None = None
     picked: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def to(self, device: torch.device | str) -> Batch:
@@ -144,6 +150,8 @@ class Batch:
             None if self.queries is None else self.queries.to(device, non_blocking=True),
             self.draw,
             None if self.theirs is None else self.theirs.to(device),
+            self.examples,
+            None if self.told is None else self.told.to(device),
         )
 
     @property

@@ -68,9 +68,13 @@ def tiny_version(recipe: Path, models: Path, out: Path, url: str = "") -> dict[s
     else:
         student = str(models / "student")
     teacher: Any = str(models / "teacher")
-    if isinstance(content["teacher"], dict) and "Remote" in content["teacher"]:
+    given = content["teacher"] if isinstance(content["teacher"], dict) else {}
+    if "Remote" in given:
         asked = {"url": url, "model": "teacher", "of": teacher}
-        teacher = {"Remote": {**content["teacher"]["Remote"], **asked}}
+        teacher = {"Remote": {**given["Remote"], **asked}}
+    elif "Cached" in given:
+        there = {"path": str(out.with_name("cache")), "of": teacher}
+        teacher = {"Cached": {**given["Cached"], **there}}
     return {
         **content,
         "student": student,
@@ -81,8 +85,8 @@ def tiny_version(recipe: Path, models: Path, out: Path, url: str = "") -> dict[s
 
 
 def test_the_promised_recipes_are_there() -> None:
-    promised = {"logits.yaml", "features.yaml", "remote.yaml", "sharded_teacher.yaml"}
-    assert promised <= {path.name for path in RECIPES}
+    kinds = {"cached.yaml", "remote.yaml", "sharded_teacher.yaml"}
+    assert {"logits.yaml", "features.yaml", *kinds} <= {path.name for path in RECIPES}
     launchers = ["ddp.yaml", "fsdp2.yaml", "single.yaml", "two_machines.yaml"]
     assert [path.name for path in LAUNCHERS] == launchers
 
@@ -112,7 +116,10 @@ class TestRecipes:
     ) -> None:
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / ".cache")
         small = tmp_path / recipe.name
-        small.write_text(document.dump(tiny_version(recipe, models, tmp_path / "out", server.url)))
+        content = tiny_version(recipe, models, tmp_path / "out", server.url)
+        small.write_text(document.dump(content))
+        if "Cached" in content["teacher"]:
+            assert main(["cache", str(small)]) == 0, capsys.readouterr().err
         assert main([command, str(small)]) == 0, capsys.readouterr().err
         shown = capsys.readouterr().out
         for entry in document.read(recipe)["objectives"]:

@@ -1,4 +1,4 @@
-"""The command line: `llm-distill run recipe.yaml`, and `check` and `map` before it.
+"""The command line: `llm-distill run recipe.yaml`; `check`, `map` and `cache` before it.
 
 Any value of a recipe can be set: ``--training.learning_rate 1e-5``, ``--data.max_length=512``,
 ``--objectives.1.Logits.temperature 2.0``, ``--teacher path/to/model``. Values are YAML.

@@ -85,9 +85,9 @@ class Screen:
         for what, figure in mapping.evidence:
             self.say(f"{what}: {figure:.4g}")
 
-    def figures(self, metrics: Mapping[str, float]) -> None:
+    def figures(self, metrics: Mapping[str, float], title: str = "evaluation") -> None:
         """What the evaluation found, the figures people ask for first."""
-        table = _table("evaluation", "")
+        table = _table(title, "")
         order = [*(key for key in FIGURES if key in metrics), *sorted(metrics.keys() - FIGURES)]
         for key in order:
             table.add_row(FIGURES.get(key, key.removeprefix("eval_")), f"{metrics[key]:,.4g}")

@@ -81,14 +81,21 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Three commands, which read a recipe in the same way."""
+    """Four commands, which read a recipe in the same way."""
     parser = _described(argparse.ArgumentParser(prog="llm-distill", allow_abbrev=False))
     parser.description = "Distil a language model as a recipe says."
     parser.add_argument("--version", action="version", version=f"llm-distill {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | check | map")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="run | check | map | cache"
+    )
     run = _reading_recipes(commands.add_parser("run", help="train", allow_abbrev=False))
     told = "read the recipe, configs and tokenizers, print what would be trained; no weights"
     _reading_recipes(commands.add_parser("check", help=told, allow_abbrev=False))
+    told = "run the teacher once, and write what it says; runs of the recipe then need no teacher"
+    cache = _reading_recipes(commands.add_parser("cache", help=told, allow_abbrev=False))
+    cache.add_argument(
+        "--overwrite", action="store_true", help="replace a cache that is there and differs"
+    )
     told = "decide, draw and write which layer learns from which; nothing is trained"
     _taking_maps(_reading_recipes(commands.add_parser("map", help=told, allow_abbrev=False)))
     kept = run.add_mutually_exclusive_group()
@@ -155,6 +162,11 @@ def _do(asked: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> None
         from llm_distill.cli.check import check
 
         check(recipe)
+        return
+    if asked.command == "cache":
+        from llm_distill.cli.cache import cache
+
+        cache(recipe, overwrite=asked.overwrite)
         return
     if asked.command == "map":
         from llm_distill.cli.map import map_layers

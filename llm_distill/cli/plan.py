@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from llm_distill import binding
+from llm_distill import binding, recall
 from llm_distill.arguments import check_arguments, check_batches
 from llm_distill.balance import Balance
 from llm_distill.balance.base import settle
@@ -70,6 +70,7 @@ def plan(recipe: Recipe, args: TrainingArguments) -> Plan:
     teacher = recipe.teacher.spec
     objectives = binding.ready(recipe.objectives, student, teacher)
     terms = binding.bind(objectives, student, teacher, seed=args.seed)
+    recall.check(recipe.teacher, objectives, terms, student)
     settings_of(objectives)  # those of a race are refused
     check_batches(terms, args)
     balance = settle(recipe.balance, terms, student.depth)

@@ -5,7 +5,8 @@ is merged in the same way (`coarsen`), and what is left are two proper distribut
 divergence works unchanged. Merging loses information, so an f-divergence (the KLs, `jsd`, the
 skews, `tvd`, `todi`, `alpha_beta` with alpha + beta = 1) is a lower bound on the full one on every
 row; `adaptive_kl`, `decoupled` and other `alpha_beta` are close and bound nothing. `Counts` keeps
-tokens drawn from the teacher: noisy, but the gradient of `sampled_kl` is right on average.
+tokens drawn from the teacher: noisy, but the gradient of `sampled_kl` is right on average. Tokens
+that are known exactly may stand beside drawn ones (`Counts.beside`), which takes most of the noise.
 
 K is the number of kept tokens per row.
 """
@@ -121,9 +122,9 @@ class Counts:
     """Tokens drawn from each row and how often: an unbiased picture of the distribution.
 
     Attributes:
-        ids: Distinct drawn tokens, `[N, K]` int64. Rows with fewer than K are filled up with one of
-            their own tokens and count 0.
-        counts: How often each was drawn, `[N, K]`.
+        ids: Drawn tokens, `[N, K]` int64. Rows with fewer than K are filled up with one of their
+            own tokens and count 0.
+        counts: How often each was drawn, `[N, K]`; any weights >= 0 whose mean is the teacher's.
         draws: Draws per row, the sum of each row of `counts`.
 
     Raises:
@@ -148,7 +149,12 @@ class Counts:
 
     @classmethod
     def sample(
-        cls, logits: Tensor, draws: int, *, generator: torch.Generator | None = None
+        cls,
+        logits: Tensor,
+        draws: int,
+        *,
+        generator: torch.Generator | None = None,
+        but: Tensor | None = None,
     ) -> Counts:
         """Draw tokens independently, with replacement, from the softmax of each row.
 
@@ -158,13 +164,18 @@ class Counts:
             logits: `[N, V]`.
             draws: Tokens to draw per row; 50 in the paper, about 12 of them distinct.
             generator: Of the logits' device.
+            but: Tokens that are not drawn, `[N, M]`, fewer than there are: the others have the
+                whole mass.
 
         Raises:
             ValueError: If draws is less than 1.
         """
         _check_draws(draws)
         # In float64: running sums in fp32 would lose tokens of less than 1e-7.
-        probabilities = log_softmax(logits.detach()).double().exp()
+        logits = logits.detach().double().clamp_min(FLOOR)
+        if but is not None:  # below forbidden tokens, of which one may be left alone
+            logits = logits.scatter(-1, but, 2.0 * FLOOR)
+        probabilities = logits.softmax(-1)
         drawn = probabilities.multinomial(draws, replacement=True, generator=generator)
         drawn = drawn.sort(-1).values
         slot = F.pad((drawn[:, 1:] != drawn[:, :-1]).cumsum(-1), (1, 0))
@@ -172,6 +183,21 @@ class Counts:
         ids = drawn[:, :1].repeat(1, width).scatter_(-1, slot, drawn)
         counts = torch.zeros_like(ids).scatter_add_(-1, slot, torch.ones_like(drawn))
         return cls(ids, counts, draws)
+
+    def beside(self, top: TopK) -> Counts:
+        """The same draws from the tail of `top`, its tokens exact: `[N, M], [N, K] -> [N, M + K]`.
+
+        The mean of the weights is still the teacher's: p of the tokens of `top`, and for all others
+        the tail's mass times their share of it.
+
+        >>> drawn = Counts(torch.tensor([[2]]), torch.tensor([[5]]), draws=5)
+        >>> top = TopK(torch.tensor([[0]]), torch.tensor([[0.9]]).log(), torch.tensor([0.1]).log())
+        >>> drawn.beside(top).counts
+        tensor([[0.9000, 0.1000]])
+        """
+        mass = top.targets().exp()
+        rest = mass[:, -1:] * (self.counts / self.draws)
+        return Counts(torch.cat([top.ids, self.ids], -1), torch.cat([mass[:, :-1], rest], -1), 1)
 
     def __len__(self) -> int:
         """Rows."""

@@ -2,7 +2,8 @@
 
 The one rule: *a component is a name, or a name with arguments.* A name is what its field offers
 (``weight``: `llm_distill.schedules`, ``layers``: `llm_distill.layers`, ``projector``:
-`llm_distill.projectors`, ``heads``: `llm_distill.heads`, ``loss``: `llm_distill.losses`), else
+`llm_distill.projectors`, ``heads``: `llm_distill.heads`, ``loss``: `llm_distill.losses`,
+``keep``: `llm_distill.cache.estimators`), else
 anything that ``import llm_distill`` exports, else ``package.module:name``, which needs
 ``--allow-code package.module`` on the command line. ::
 
@@ -13,7 +14,7 @@ anything that ``import llm_distill`` exports, else ``package.module:name``, whic
 Sections:
 
 * ``student``: a Hub id, a path, ``Local``, ``FromConfig`` or ``FromTeacher``.
-* ``teacher``: a Hub id, a path, or ``Local``.
+* ``teacher``: a Hub id, a path, ``Local`` or ``Cached``.
 * ``data``: the fields of `llm_distill.Data`.
 * ``objectives``: a list of components; by default cross-entropy (0.1) and forward KL on the logits.
 * ``balance``: how their weights move, by a name of `llm_distill.balance`; by default as written.

@@ -18,6 +18,7 @@ FIELDS = {
     "also": "llm_distill.layers",
     "balance": "llm_distill.balance",
     "heads": "llm_distill.heads",
+    "keep": "llm_distill.cache.estimators",
     "layers": "llm_distill.layers",
     "loss": "llm_distill.losses",
     "projector": "llm_distill.projectors",

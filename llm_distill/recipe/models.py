@@ -81,6 +81,9 @@ def _refuse_code(spec: Any, here: Place, make: Components) -> None:  # noqa: ANN
                 f"{here}.{key}: {kernel!r} is a kernel from the Hub, which is code; if you trust "
                 f"it, run with --allow-code {kernel}"
             )
+    for name, part in vars(spec).items():
+        if isinstance(part, Local):  # the teacher of a cache
+            _refuse_code(part, here.key(name), make)
     if isinstance(spec, Local) and spec.trust_remote_code and spec.model not in make.allowed:
         raise InputError(
             f"{here}.trust_remote_code: code from the repository of {spec.model} would run; if you "

@@ -1,4 +1,4 @@
-"""`python -m scripts.bench head|step|mapping|remote`: the command line.
+"""`python -m scripts.bench head|step|mapping|cache|remote`: the command line.
 
 It imports torch when it has to run.
 """
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scripts.bench import cache
 from scripts.bench import settings as asked
 from scripts.bench.mapping import command as mapping
 from scripts.bench.remote import command as remote
@@ -53,10 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a benchmark, and print and write what came out."""
     argv = sys.argv[1:] if argv is None else argv
     options = parser().parse_args(argv)
-    if options.benchmark == "mapping":
-        return mapping.execute(options, argv)
-    if options.benchmark == "remote":
-        return remote.execute(options)
+    alone = {"mapping": mapping.execute, "cache": cache.execute, "remote": remote.execute}
+    if options.benchmark in alone:
+        return alone[options.benchmark](options, argv)
     # Read by OpenMP when torch is imported, and by the processes that measure memory.
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(options.threads)
     settings = settled(options)
@@ -109,6 +109,8 @@ def parser() -> argparse.ArgumentParser:
     mapping.add(commands.add_parser("mapping", help=about, description=about))
     about = "What asking a server costs on this side of the line."
     remote.add(commands.add_parser("remote", help=about, description=about))
+    about = "Bytes, fidelity and reading speed of cached teachers."
+    cache.add(commands.add_parser("cache", help=about, description=about))
     return made
 
 

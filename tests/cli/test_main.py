@@ -50,6 +50,8 @@ class TestArguments:
             (["--help"], 0, "exit codes: 0 done, 1 failed, 2 bad input"),
             (["run", "--help"], 0, "--overwrite"),
             (["map", "--help"], 0, "--no-data"),
+            (["cache", "--help"], 0, "replace a cache that is there and differs"),
+            (["cache", "x.yaml", "--resume"], 2, "unrecognized arguments: --resume"),
             (["map", "x.yaml", "--resume"], 2, "unrecognized arguments: --resume"),
             (["map", "x.yaml", "-o"], 2, "expected one argument"),
             (["check", "x.yaml", "-o", "y"], 2, "unrecognized arguments: -o y"),

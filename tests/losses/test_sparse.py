@@ -282,3 +282,53 @@ class TestCounts:
             Counts(ids, torch.ones(2, 4), 4)
         with pytest.raises(ValueError, match=r"Counts: ids are \[3\] of torch.int64"):
             Counts(ids[0], torch.ones(3), 4)
+
+
+class TestBeside:
+    @pytest.mark.parametrize("draws", [1, 3])
+    def test_the_expected_gradient_is_the_full_one(self, draws: int) -> None:
+        """Exact top tokens and all outcomes of all draws from the tail, by their probability."""
+        student, teacher = logits(rows=1, vocabulary=5, seed=3)
+        kept = TopK.of(teacher, 2)
+        rest = [k for k in range(5) if k not in kept.ids[0].tolist()]
+        p = teacher.softmax(-1)[0]
+        tail = p[rest] / p[rest].sum()
+        expected, mass = torch.zeros(1, 5).double(), 0.0
+        for outcome in itertools.product(range(3), repeat=draws):
+            weight = math.prod(float(tail[k]) for k in outcome)
+            drawn = Counter(rest[k] for k in outcome)
+            counts = Counts(
+                torch.tensor([list(drawn)]), torch.tensor([list(drawn.values())]), draws
+            )
+            value = sampled_kl(student, counts.beside(kept)).sum()
+            expected += weight * torch.autograd.grad(value, student)[0]
+            mass += weight
+        assert mass == pytest.approx(1)
+        full = slope(forward_kl, student, teacher)
+        assert full.abs().max() > 0.1
+        torch.testing.assert_close(expected, full, rtol=0, atol=1e-7)
+
+    def test_weights_sum_to_one_and_top_tokens_are_exact(self) -> None:
+        teacher = logits(rows=6, vocabulary=20)[1]
+        kept = TopK.of(teacher, 4)
+        generator = torch.Generator().manual_seed(0)
+        found = Counts.sample(teacher, 9, generator=generator, but=kept.ids).beside(kept)
+        assert found.draws == 1
+        torch.testing.assert_close(found.counts.sum(-1), torch.ones(6).double())
+        torch.testing.assert_close(
+            found.counts[:, :4], teacher.softmax(-1).gather(-1, kept.ids).detach()
+        )
+
+    def test_no_kept_token_is_drawn(self) -> None:
+        teacher = 4.0 * logits(rows=50, vocabulary=12)[1]
+        kept = TopK.of(teacher, 5)
+        drawn = Counts.sample(teacher, 30, but=kept.ids)
+        assert not (drawn.ids[:, :, None] == kept.ids[:, None, :]).any()
+
+    def test_a_tail_of_forbidden_tokens_weighs_nothing(self) -> None:
+        teacher = torch.tensor([[1.0, 0.0, -math.inf, -math.inf]])
+        kept = TopK.of(teacher, 2)
+        found = Counts.sample(teacher, 5, but=kept.ids).beside(kept)
+        assert (found.ids[0, 2:] >= 2).all()
+        assert float(found.counts[0, 2:].sum()) == 0.0
+        torch.testing.assert_close(found.counts[0, :2], teacher[0, :2].softmax(-1))

@@ -13,7 +13,7 @@ from scripts.bench.remote.canned import PATHS, Form, serving
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from llm_distill.rows import Batch
     from llm_distill.teachers.asking import Manner
@@ -51,8 +51,9 @@ class Measured:
     rows: int
 
 
-def execute(options: argparse.Namespace) -> int:
+def execute(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Measure, and print a table."""
+    del argv
     from rich.console import Console
     from rich.table import Table
 

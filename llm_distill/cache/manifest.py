@@ -1,0 +1,191 @@
+"""The manifest: what a cache holds, of which teacher, for which data. It is written last."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from llm_distill.cache import estimators
+from llm_distill.errors import InputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from llm_distill.cache.estimator import Estimator
+
+FORMAT = 1
+FILE = "manifest.json"
+UNFINISHED = "unfinished.json"
+"""The same before the last shard is there, without what shards add."""
+
+WORDS = {
+    "teacher": "the teacher",
+    "revision": "the revision of the teacher",
+    "weights": "the weights of the teacher",
+    "dtype": "the dtype of the teacher",
+    "tokenizer": "the tokenizer",
+    "template": "the chat template",
+    "keep": "what is kept",
+    "vocabulary": "the number of tokens",
+    "shift": "causal or masked models",
+    "data": "the data",
+}
+"""What has to be the same where writing goes on, in words."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file.
+
+    Attributes:
+        file: Its name.
+        split: Whose examples it holds.
+        examples: How many.
+        rows: Supervised rows of them.
+        bytes: Of the file.
+        sha256: Of the file.
+    """
+
+    file: str
+    split: str
+    examples: int
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything that has to be known of a cache.
+
+    Attributes:
+        teacher: Its id, or the last part of its path.
+        revision: The commit it was resolved to, where it came from the Hub.
+        weights: Fingerprint of its weights.
+        dtype: Of its weights.
+        spec: `ModelSpec` of the teacher; its vocabulary is that of the targets.
+        tokenizer: Fingerprint of what cut the data.
+        template: Fingerprint of its chat template.
+        keep: The estimator, as a recipe writes it.
+        temperature: Of the teacher's distribution.
+        shift: Whether a position predicts the next token.
+        vocabulary: Tokens of the targets.
+        head: Scale and soft cap of the teacher's head, where hidden states are kept.
+        data: Examples, rows, longest example and a fingerprint of all keys of each split.
+        shards: The files, by their numbers.
+        index: SHA-256 of the index.
+        fidelity: What was measured when it was written.
+        versions: Of the libraries that wrote it.
+        format: Of these files.
+    """
+
+    teacher: str
+    revision: str | None
+    weights: str
+    dtype: str
+    spec: Mapping[str, Any]
+    tokenizer: str
+    template: str
+    keep: Mapping[str, Any]
+    shift: bool
+    vocabulary: int
+    data: Mapping[str, Mapping[str, Any]]
+    temperature: float = 1.0
+    head: Mapping[str, Any] | None = None
+    shards: tuple[Shard, ...] = ()
+    index: str = ""
+    fidelity: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+    @property
+    def estimator(self) -> Estimator:
+        """What is kept."""
+        return estimators.read(self.keep)
+
+    @property
+    def rows(self) -> int:
+        """Supervised rows of all examples."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        """Of all shards."""
+        return sum(shard.bytes for shard in self.shards)
+
+    def __str__(self) -> str:
+        """One line for people."""
+        size = self.bytes / max(self.rows, 1)
+        examples = sum(shard.examples for shard in self.shards)
+        return (
+            f"{self.teacher}, {self.estimator}: {examples:,} examples, {self.rows:,} supervised "
+            f"tokens, {size:.1f} bytes each"
+        )
+
+    def differences(self, other: Manifest) -> list[str]:
+        """What a cache that is being written has to agree on, and does not, in words."""
+        found = []
+        for name, words in WORDS.items():
+            ours, theirs = (getattr(m, name) for m in (self, other))
+            if json.dumps(ours, sort_keys=True) != json.dumps(theirs, sort_keys=True):
+                shown = name in ("teacher", "revision", "dtype", "keep", "vocabulary")
+                found.append(f"{words} ({ours} there, {theirs} now)" if shown else words)
+        return found
+
+    def begun(self) -> Manifest:
+        """Without what shards add."""
+        return replace(self, shards=(), index="", fidelity={})
+
+    def write(self, path: Path) -> None:
+        """Into a file that is whole or not there."""
+        part = path.with_suffix(".part")
+        with part.open("w", encoding="utf-8") as file:
+            json.dump(asdict(self), file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """From a file.
+
+        Raises:
+            InputError: If it is none, or of a newer version.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["format"] != FORMAT:
+                raise InputError(
+                    f"{path}: format {content['format']}, and this version reads {FORMAT}; write "
+                    "the cache anew, or install the version that wrote it"
+                )
+            known = {name: content[name] for name in (f.name for f in fields(cls))}
+            shards = tuple(Shard(**shard) for shard in content["shards"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path} is no manifest of a cache ({type(error).__name__}: {error}); copy it "
+                "anew, or write the cache anew"
+            ) from error
+        return cls(**{**known, "shards": shards})
+
+
+def find(folder: Path) -> Manifest:
+    """The manifest of a finished cache.
+
+    Raises:
+        InputError: If there is none, with what to do.
+    """
+    if (folder / FILE).is_file():
+        return Manifest.read(folder / FILE)
+    if (folder / UNFINISHED).is_file():
+        raise InputError(
+            f"{folder} holds a cache that was not written to its end; run llm-distill cache "
+            "recipe.yaml again, which goes on where it stopped"
+        )
+    there = "holds no cache" if folder.is_dir() else "is not there"
+    raise InputError(
+        f"{folder} {there} ({FILE} is missing); write it first: llm-distill cache recipe.yaml"
+    )

@@ -1,0 +1,176 @@
+"""Which examples go into which shard, from the data alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence, Sized
+from dataclasses import dataclass
+from functools import cached_property, partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import IterableDataset as TorchStream
+from transformers import TrainingArguments
+
+from llm_distill import recall
+from llm_distill.errors import InputError
+from llm_distill.preparation import Run, readable
+from llm_distill.teachers import Cached
+
+if TYPE_CHECKING:
+    from llm_distill.cache.estimator import Estimator
+    from llm_distill.recall import Named
+
+SHARD_BYTES = 64 << 20
+"""Of a shard, about: what a killed run loses at most, for each rank."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One shard before it is written.
+
+    Attributes:
+        split: `train`, `eval`, or `eval[name]`.
+        number: Of all shards.
+        places: Of its examples in the split.
+    """
+
+    split: str
+    number: int
+    places: Sequence[int]
+
+    @property
+    def file(self) -> str:
+        """Its name."""
+        return f"{self.split.partition('[')[0]}-{self.number:05d}.parquet"
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A cache that is to be written.
+
+    Attributes:
+        run: Student, teacher and data, prepared as for a training on the teacher itself.
+        cached: Where to, and what is kept.
+        args: Batch size, device, rank.
+        shard_rows: Supervised rows of a shard; None: as many as make it some 64 MiB.
+    """
+
+    run: Run
+    cached: Cached
+    args: TrainingArguments
+    shard_rows: int | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where to."""
+        return Path(self.cached.path)
+
+    @cached_property
+    def estimator(self) -> Estimator:
+        """What is kept."""
+        return self.cached.estimator
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens of the targets: those of both models, unless the whole head is kept."""
+        whole = self.run.teacher.spec.vocabulary
+        if self.estimator.example() is None:
+            return whole
+        return min(whole, self.run.student.vocabulary)
+
+    @cached_property
+    def datasets(self) -> dict[str, Any]:
+        """The splits.
+
+        Raises:
+            InputError: For a stream, or where there is nothing to write.
+        """
+        found: dict[str, Any] = {}
+        for name in ("train", "eval"):
+            given = self.run.kwargs.get(f"{name}_dataset")
+            parts = given if isinstance(given, Mapping) else {"": given}
+            for label, dataset in parts.items():
+                if dataset is None:
+                    continue
+                if isinstance(dataset, TorchStream) or not isinstance(dataset, Sized):
+                    raise InputError(
+                        f"the {name} data is a stream, which a cache cannot be sure to see whole; "
+                        "write data: {streaming: false}"
+                    )
+                found[f"{name}[{label}]" if label else name] = dataset
+        if not found:
+            raise InputError("there is no data to cache; give a train_dataset")
+        return found
+
+    @cached_property
+    def named(self) -> dict[str, Named]:
+        """All examples of each split by name."""
+        read = partial(readable, args=self.args)
+        return {
+            name: recall.names_of(dataset, self.run.collator, read)
+            for name, dataset in self.datasets.items()
+        }
+
+    @cached_property
+    def row_bytes(self) -> float:
+        """Bytes of a row, about."""
+        config = self.run.teacher.config
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        return self.estimator.row_bytes(self.run.teacher.spec.width, dtype.itemsize)
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """All shards: each example with something supervised once, in the order of the data."""
+        most = self.shard_rows or max(1024, int(SHARD_BYTES / self.row_bytes))
+        seen: set[bytes] = set()
+        made: list[Part] = []
+        for name, split in self.named.items():
+            places: list[int] = []
+            rows = 0
+            for place, (key, count) in enumerate(zip(split.keys, split.rows, strict=True)):
+                if count == 0 or key in seen:
+                    continue
+                seen.add(key)
+                places.append(place)
+                rows += count
+                if rows >= most:
+                    made.append(Part(name, len(made), places))
+                    places, rows = [], 0
+            if places:
+                made.append(Part(name, len(made), places))
+        return made
+
+    def rows(self, part: Part) -> int:
+        """Supervised rows of a shard."""
+        return sum(self.named[part.split].rows[place] for place in part.places)
+
+    def data(self) -> dict[str, dict[str, Any]]:
+        """What the manifest says of each split."""
+        return {
+            name: {
+                **split.facts(),
+                "keys": blake2b(b"".join(split.keys), digest_size=16).hexdigest(),
+            }
+            for name, split in self.named.items()
+        }
+
+    def note(self, part: Part) -> Path:
+        """The file that says that a shard is whole."""
+        return self.folder / f"{part.file}.json"
+
+    def digest(self, part: Part) -> str:
+        """Which examples a shard holds."""
+        keys = self.named[part.split].keys
+        return blake2b(b"".join(keys[place] for place in part.places), digest_size=16).hexdigest()
+
+    def is_whole(self, part: Part) -> bool:
+        """Whether a shard of these examples was written."""
+        note, file = self.note(part), self.folder / part.file
+        if not (note.is_file() and file.is_file()):
+            return False
+        told = json.loads(note.read_text(encoding="utf-8"))
+        expected = self.digest(part), told["shard"]["bytes"]
+        return (told["keys"], file.stat().st_size) == expected

@@ -1,0 +1,85 @@
+"""`llm-distill cache`: the teacher of a recipe runs once, and what it says is written down."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from llm_distill import recall
+from llm_distill.caching import Capture, write_cache
+from llm_distill.cli.plan import plan
+from llm_distill.cli.reading import open_screen, read_data, trainer_inputs
+from llm_distill.errors import InputError
+from llm_distill.preparation import prepare_run
+from llm_distill.teachers import Cached, Local
+
+if TYPE_CHECKING:
+    from llm_distill.cache.manifest import Manifest
+    from llm_distill.recipe import Recipe
+
+
+def cache(recipe: Recipe, *, overwrite: bool = False) -> Manifest:
+    """Write the cache that a recipe trains from.
+
+    Args:
+        recipe: Its teacher is a `Cached` that says of which teacher.
+        overwrite: Whether another cache that is there may be lost.
+
+    Returns:
+        What was written.
+
+    Raises:
+        InputError: For anything that cannot work, before weights load.
+    """
+    cached = recipe.teacher
+    if not isinstance(cached, Cached):
+        raise InputError(
+            f"teacher: {type(cached).__name__} is not cached; write teacher: {{Cached: {{path: "
+            "cache/name, of: the teacher's id or path}}}}"
+        )
+    if not isinstance(cached.of, Local):
+        raise InputError(
+            f"teacher: the cache {cached.path} does not say of which teacher; write teacher: "
+            f"{{Cached: {{path: {cached.path}, of: the teacher's id or path}}}}"
+        )
+    asked = replace(recipe, teacher=cached.of)
+    args = recipe.arguments()
+    screen = open_screen(args)
+    planned = plan(asked, args)
+    recall.check_objectives(
+        cached.estimator, planned.objectives, planned.terms, planned.student, planned.teacher
+    )
+    prepared = read_data(asked, args, planned, screen)
+    try:
+        run = prepare_run(
+            asked.student,
+            asked.teacher,
+            asked.objectives,
+            args,
+            trainer_inputs(planned, prepared),
+            adapter=asked.adapter(causal=planned.causal),
+        )
+        written = write_cache(Capture(run, cached, args), overwrite=overwrite)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    args.distributed_state.wait_for_everyone()
+    args.distributed_state.destroy_process_group()
+    screen.say(f"Cache: {written}")
+    screen.figures(figures(written), title="what was written")
+    screen.say(f"It is in {cached.path}; llm-distill run with the same recipe trains from it")
+    return written
+
+
+def figures(written: Manifest) -> dict[str, float]:
+    """What the table tells of a cache."""
+    told = written.fidelity
+    return {
+        "bytes per supervised token": written.bytes / max(written.rows, 1),
+        "KL of what is read to what is kept, nats per token": told["kl"],
+        "KL of what is read to what is kept, the largest": told["worst"],
+        "probability of the kept tokens": told["mass"],
+        "entropy of the teacher, nats per token": told["entropy"],
+        "negative log-likelihood of the labels under the teacher, nats": told["nll"],
+    }

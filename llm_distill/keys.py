@@ -1,0 +1,87 @@
+"""Examples by name: 128 bits of their tokens and of what is supervised in them.
+
+The same example has the same key in any batch, order, rank or pack, with padding on any side, so
+that what was written down of it can be found again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+KEY_BYTES = 16
+"""Of a key. Among 10^9 examples, two different ones share one with a chance of 10^-21."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of a batch, in the order of its rows.
+
+    Attributes:
+        keys: One for each.
+        rows: Supervised rows of each.
+        per_sequence: Examples in each sequence of the batch: 1 where nothing is packed.
+    """
+
+    keys: tuple[bytes, ...]
+    rows: tuple[int, ...]
+    per_sequence: tuple[int, ...]
+
+    def first(self, sequences: int) -> Examples:
+        """Those of the first sequences only."""
+        kept = sum(self.per_sequence[:sequences])
+        return Examples(self.keys[:kept], self.rows[:kept], self.per_sequence[:sequences])
+
+
+def example_key(tokens: np.ndarray, supervised: np.ndarray) -> bytes:
+    """The key of one example: `[T], [N] -> 16 bytes`.
+
+    Args:
+        tokens: Its real tokens.
+        supervised: Places in them that predict something, ascending.
+
+    >>> example_key(np.array([5, 6, 7]), np.array([0, 1])).hex()
+    '4a5ded9c6b88aef18fc034e10f41e1c9'
+    """
+    digest = blake2b(len(tokens).to_bytes(8, "little"), digest_size=KEY_BYTES)
+    digest.update(np.ascontiguousarray(tokens, dtype="<i4").tobytes())
+    digest.update(np.ascontiguousarray(supervised, dtype="<i4").tobytes())
+    return digest.digest()
+
+
+def name_examples(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    rows: tuple[Tensor, Tensor],
+) -> Examples:
+    """The examples of a batch: `[B, T] x3 -> Examples`.
+
+    Args:
+        input_ids: Tokens.
+        attention_mask: 1 at real tokens; None: all are real.
+        position_ids: Where they begin anew inside a sequence, another example begins.
+        rows: Sequence and position of each supervised row, `[N]` each.
+    """
+    ids = input_ids.numpy()
+    real = np.ones(ids.shape, bool) if attention_mask is None else attention_mask.numpy() != 0
+    supervised = np.zeros(ids.shape, bool)
+    supervised[rows[0].numpy(), rows[1].numpy()] = True
+    keys, counts, per_sequence = [], [], []
+    for k in range(len(ids)):
+        tokens, marks = ids[k, real[k]], supervised[k, real[k]]
+        starts = [0]
+        if position_ids is not None:
+            places = position_ids.expand(torch.Size(ids.shape))[k].numpy()[real[k]]
+            starts = [0, *(np.flatnonzero(places[1:] == 0) + 1)]
+        for start, end in pairwise([*starts, len(tokens)]):
+            marked = np.flatnonzero(marks[start:end])
+            keys.append(example_key(tokens[start:end], marked))
+            counts.append(len(marked))
+        per_sequence.append(len(starts))
+    return Examples(tuple(keys), tuple(counts), tuple(per_sequence))

@@ -1,0 +1,226 @@
+"""What a teacher said once, in place of the teacher: `llm-distill cache` writes it down."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_distill import loading
+from llm_distill.cache import estimators
+from llm_distill.cache.estimator import Estimator, distribution
+from llm_distill.cache.lookup import Lookup
+from llm_distill.cache.store import TEACHER, Store
+from llm_distill.errors import InputError
+from llm_distill.signals import ModelSpec, Request, Signals
+from llm_distill.teachers.local import Local
+from llm_distill.teachers.local_source import moved
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from llm_distill.cache.manifest import Manifest
+    from llm_distill.rows import Batch
+
+
+@dataclass(frozen=True)
+class Cached:
+    """A teacher that was asked once, and what it said, on disk: no teacher is loaded.
+
+    Attributes:
+        path: The folder of the cache.
+        of: The teacher that `llm-distill cache` asks: a Hub id, a path, or `Local`. A training does
+            not load it; where it is given, the cache has to be of a teacher of that name.
+        keep: What is kept (`llm_distill.cache.estimators`): `topk`, `sampled`, `hybrid`, `hidden`;
+            `topk` by default. Where a training gives it, the cache has to hold that.
+        verify: Whether a training first compares every file with its SHA-256. The checksums of the
+            pages are verified in any case, as they are read.
+    """
+
+    path: str
+    of: str | Local | None = None
+    keep: Callable[[], Estimator] | None = None
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        """A name is a `Local`."""
+        object.__setattr__(self, "path", str(Path(self.path).expanduser()))
+        if self.of is not None and not isinstance(self.of, Local):
+            object.__setattr__(self, "of", Local(self.of))
+
+    @property
+    def estimator(self) -> Estimator:
+        """What `llm-distill cache` keeps."""
+        return (estimators.topk if self.keep is None else self.keep)()
+
+    @cached_property
+    def store(self) -> Store:
+        """The finished cache.
+
+        Raises:
+            InputError: If there is none, or if it is of another teacher or estimator.
+        """
+        store = Store.open(Path(self.path))
+        self._refuse_other(store.manifest)
+        return store
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The config of the teacher, which lies beside the cache."""
+        store = self.store
+        config = loading.load_config(str(store.folder / TEACHER))
+        config._commit_hash = store.manifest.revision
+        return config
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Depth, width and heads of the teacher."""
+        known = dict(self.store.manifest.spec)
+        blocks = known.pop("blocks")
+        return ModelSpec(**known, blocks=None if blocks is None else tuple(blocks))
+
+    def find_tokenizer(self) -> Any | None:  # noqa: ANN401  transformers has no common base that types
+        """The tokenizer that cut the data, which lies beside the cache."""
+        return loading.find_tokenizer(str(self.store.folder / TEACHER))
+
+    def check(self, request: Request, device: torch.device) -> None:
+        """Refuse what no cache holds.
+
+        Raises:
+            InputError: Naming the signal and the layer; if there is no finished cache.
+        """
+        del device
+        try:
+            refuse_layers(request, f"the cache {self.path}", self.store.manifest.estimator)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+    def open(self, request: Request, device: torch.device) -> CachedSource:
+        """Start reading.
+
+        Raises:
+            ValueError: For anything but logits, naming the signal and the layer.
+        """
+        refuse_layers(request, f"the cache {self.path}", self.store.manifest.estimator)
+        self.check_files()
+        return CachedSource(self.store, request, device)
+
+    def check_files(self) -> None:
+        """Compare every file with the manifest, once, unless `verify` is false.
+
+        Raises:
+            InputError: Naming the first that is not as it was written.
+        """
+        if self.verify and not self.store.verified:
+            self.store.verify(shown=os.environ.get("RANK", "0") == "0")
+
+    def _refuse_other(self, manifest: Manifest) -> None:
+        """Refuse a cache that is not what the recipe says."""
+        if isinstance(self.of, Local):
+            asked = loading.shown(self.of.name)
+            if asked != manifest.teacher:
+                raise InputError(
+                    f"the cache {self.path} is of the teacher {manifest.teacher}, and the recipe "
+                    f"says {asked}; write of: {manifest.teacher}, or another path and run "
+                    "llm-distill cache"
+                )
+            if self.of.revision not in (None, manifest.revision) and _is_commit(self.of.revision):
+                raise InputError(
+                    f"the cache {self.path} is of revision {manifest.revision} of its teacher, and "
+                    f"the recipe says {self.of.revision}; write another path and run llm-distill "
+                    "cache"
+                )
+        if self.keep is not None and self.estimator.name != manifest.estimator.name:
+            raise self._other_estimator(manifest)
+        if self.keep is not None and vars(self.estimator) != vars(manifest.estimator):
+            raise self._other_estimator(manifest)
+
+    def _other_estimator(self, manifest: Manifest) -> InputError:
+        """What is kept is not what was asked for."""
+        return InputError(
+            f"the cache {self.path} keeps {manifest.estimator}, and the recipe says "
+            f"{self.estimator}; leave keep out, or write another path and run llm-distill cache"
+        )
+
+
+def _is_commit(revision: str | None) -> bool:
+    """Whether a revision names one commit, rather than a branch that moves."""
+    return revision is not None and len(revision) == 40
+
+
+class CachedSource:
+    """A cache at work.
+
+    Args:
+        store: The cache.
+        request: What is asked for: logits, or nothing.
+        device: Where the signals are wanted.
+    """
+
+    model: PreTrainedModel | None = None
+    told: tuple[str, ...] = ()
+
+    def __init__(self, store: Store, request: Request, device: torch.device) -> None:
+        self.device = device
+        self._lookup: Lookup | None = Lookup(str(store.folder))
+        self._name = f"cache of {store.manifest.teacher}"
+        self._estimator = store.manifest.estimator
+        head = store.head()
+        if head is not None:  # once, not with every batch
+            bias = None if head.bias is None else head.bias.to(device)
+            head = replace(head, weight=head.weight.to(device), bias=bias)
+        self._head = head
+        self.ask(request)
+
+    def __call__(self, batch: Batch) -> Signals:
+        """What was written down of a batch."""
+        if self._lookup is None:
+            raise RuntimeError("this teacher was closed; open it again")
+        if not self._request.logits:
+            return Signals(self._name)
+        told = batch.told
+        if told is None:  # it was not read where the batch was collated
+            if batch.examples is None:
+                raise LookupError(
+                    "this batch was collated without the keys of its examples, by which a cache "
+                    "finds them; make it with RowCollator(named=True)"
+                )
+            told = self._lookup(batch.examples)
+        return moved(Signals(self._name, distribution(told, self._head)), self.device)
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """Nothing to do: what was written is read where batches are collated."""
+
+    def ask(self, request: Request) -> None:
+        """From now on give these signals only."""
+        refuse_layers(request, self._name, self._estimator)
+        self._request = request
+
+    def close(self) -> None:
+        """Let the files go; twice is once."""
+        self._lookup = self._head = None
+
+
+def refuse_layers(request: Request, owner: str, estimator: Estimator) -> None:
+    """Refuse what no cache holds.
+
+    Args:
+        request: What is asked for.
+        owner: Of the cache or the objective, for the message.
+        estimator: What is kept.
+
+    Raises:
+        ValueError: Naming the signal and the layers.
+    """
+    wanted = {"hidden states": request.hidden, "the attention of blocks": request.heads}
+    for what, layers in wanted.items():
+        if layers:
+            raise ValueError(
+                f"{owner}: a cache (Cached) holds the teacher's logits, here as {estimator}, and "
+                f"{what} {', '.join(map(str, sorted(layers)))} are asked for; keep to CrossEntropy "
+                "and Logits, or write teacher: {Local: …}"
+            )

@@ -1,0 +1,70 @@
+"""What tells tokenizers, templates, weights and files apart, and what does not."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from transformers import LlamaForCausalLM
+
+from llm_distill.cache import fingerprints
+from tests import on_disk, tiny
+
+
+def test_tokenizers() -> None:
+    one = on_disk.tokenizer()
+    assert fingerprints.of_tokenizer(one) == fingerprints.of_tokenizer(on_disk.tokenizer())
+    assert fingerprints.of_tokenizer(one) != fingerprints.of_tokenizer(
+        on_disk.tokenizer("zebras graze where lions doze")
+    )
+
+
+def test_what_padding_and_saving_change_does_not_matter(tmp_path: Path) -> None:
+    one = on_disk.tokenizer()
+    before = fingerprints.of_tokenizer(one)
+    one(["the cat", "a dog on the mat"], padding=True, truncation=True, max_length=4)
+    one.padding_side = "left"
+    assert fingerprints.of_tokenizer(one) == before
+    one.save_pretrained(tmp_path)
+    assert fingerprints.of_tokenizer(type(one).from_pretrained(tmp_path)) == before
+
+
+def test_an_added_token_is_another_tokenizer() -> None:
+    one = on_disk.tokenizer()
+    before = fingerprints.of_tokenizer(one)
+    one.add_tokens(["<new>"])
+    assert fingerprints.of_tokenizer(one) != before
+
+
+def test_templates() -> None:
+    one, other = on_disk.tokenizer(), on_disk.tokenizer()
+    assert fingerprints.of_template(one) == fingerprints.of_template(other) != ""
+    other.chat_template = "{{ messages }}"
+    assert fingerprints.of_template(one) != fingerprints.of_template(other)
+    other.chat_template = None
+    assert fingerprints.of_template(other) == ""
+
+
+def test_weights() -> None:
+    model = tiny.llama("teacher")
+    before = fingerprints.of_weights(model)
+    assert before == fingerprints.of_weights(tiny.llama("teacher"))
+    assert before != fingerprints.of_weights(tiny.llama("student"))
+    assert before != fingerprints.of_weights(tiny.llama("teacher").bfloat16())
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1e-3
+    assert before != fingerprints.of_weights(model)
+
+
+def test_weights_that_are_not_in_memory() -> None:
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(tiny.llama("teacher").config)
+    assert fingerprints.of_weights(empty) != fingerprints.of_weights(tiny.llama("teacher"))
+
+
+def test_files(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    content = b"abc" * 7_000_000  # more than a piece
+    path.write_bytes(content)
+    told: list[int] = []
+    assert fingerprints.of_file(path, told.append) == hashlib.sha256(content).hexdigest()
+    assert sum(told) == len(content)

@@ -1,0 +1,90 @@
+"""The manifest: written whole, read strictly, compared in words."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_distill.cache.estimators import sampled
+from llm_distill.cache.manifest import FILE, UNFINISHED, Manifest, Shard, find
+from llm_distill.errors import InputError
+
+GIVEN = Manifest(
+    teacher="me/teacher",
+    revision="c0ffee",
+    weights="aa",
+    dtype="bfloat16",
+    spec={"name": "me/teacher", "depth": 4},
+    tokenizer="bb",
+    template="cc",
+    keep={"sampled": {"n": 50}},
+    shift=True,
+    vocabulary=300,
+    data={"train": {"examples": 3, "rows": 20, "longest": 9, "keys": "dd"}},
+    shards=(Shard("train-00000.parquet", "train", 3, 20, 800, "ee"),),
+    fidelity={"kl": 0.0},
+)
+
+
+def test_there_and_back(tmp_path: Path) -> None:
+    GIVEN.write(tmp_path / FILE)
+    assert Manifest.read(tmp_path / FILE) == GIVEN
+    assert find(tmp_path) == GIVEN
+    assert [p.name for p in tmp_path.iterdir()] == [FILE]
+
+
+def test_what_it_tells() -> None:
+    assert GIVEN.estimator == sampled(n=50)
+    assert (GIVEN.rows, GIVEN.bytes) == (20, 800)
+    told = "me/teacher, 50 draws: 3 examples, 20 supervised tokens, 40.0 bytes each"
+    assert str(GIVEN) == told
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"teacher": "other"}, "the teacher (me/teacher there, other now)"),
+        ({"revision": None}, "the revision of the teacher (c0ffee there, None now)"),
+        ({"weights": "x"}, "the weights of the teacher"),
+        ({"dtype": "float32"}, "the dtype of the teacher (bfloat16 there, float32 now)"),
+        ({"tokenizer": "x"}, "the tokenizer"),
+        ({"template": "x"}, "the chat template"),
+        ({"vocabulary": 3}, "the number of tokens (300 there, 3 now)"),
+        ({"shift": False}, "causal or masked models"),
+        ({"data": {}}, "the data"),
+    ],
+)
+def test_differences_in_words(changes: dict[str, Any], words: str) -> None:
+    assert GIVEN.differences(replace(GIVEN, **changes)) == [words]
+
+
+def test_what_does_not_have_to_agree() -> None:
+    other = replace(GIVEN, shards=(), index="x", fidelity={}, versions={"torch": "9"}, head={})
+    assert GIVEN.differences(other) == []
+
+
+def test_a_cache_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere is not there .*llm-distill cache recipe"):
+        find(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"holds no cache \(manifest\.json is missing\)"):
+        find(tmp_path)
+    GIVEN.write(tmp_path / UNFINISHED)
+    with pytest.raises(InputError, match="was not written to its end; run llm-distill cache"):
+        find(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1}', '{"format": 1, "shards": 3}'])
+def test_what_is_no_manifest(tmp_path: Path, content: str) -> None:
+    (tmp_path / FILE).write_text(content)
+    with pytest.raises(InputError, match="is no manifest of a cache"):
+        Manifest.read(tmp_path / FILE)
+
+
+def test_a_newer_format(tmp_path: Path) -> None:
+    GIVEN.write(tmp_path / FILE)
+    content = json.loads((tmp_path / FILE).read_text())
+    (tmp_path / FILE).write_text(json.dumps({**content, "format": 2}))
+    with pytest.raises(InputError, match="format 2, and this version reads 1"):
+        Manifest.read(tmp_path / FILE)

@@ -1,0 +1,85 @@
+"""One shard: what the teacher says of each example, whatever it was asked together with."""
+
+import errno
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from llm_distill.cache.shards import ShardReader
+from llm_distill.caching.asking import write_shard
+from llm_distill.data import Collator
+from llm_distill.errors import InputError
+from llm_distill.losses.sparse import TopK
+from llm_distill.signals import Request
+from tests import caches, tiny
+
+
+def test_targets_are_the_teachers_of_each_row(tmp_path: Path) -> None:
+    made = caches.capture(tmp_path)
+    made.folder.mkdir()
+    source = made.run.teacher.open(Request(logits=True), made.args.device)
+    ticks: list[int] = []
+    part = made.parts[1]
+    shard = write_shard(made, part, source, ticks.append)
+    assert sum(ticks) == shard.rows == made.rows(part)
+    assert shard.bytes == (made.folder / part.file).stat().st_size
+    assert made.is_whole(part)
+    reader = ShardReader.open(made.folder / part.file, made.estimator.columns)
+    keys = [key for group in reader.keys_by_group() for key in group]
+    assert keys == [made.named["train"].keys[place] for place in part.places]
+    teacher = tiny.llama("teacher")
+    found = [e for g in range(reader.file.num_row_groups) for e in reader.read(g).examples]
+    for place, kept in zip(part.places, found, strict=True):
+        row = made.datasets["train"][place]
+        with torch.no_grad():
+            logits = teacher(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        wanted = [k for k, label in enumerate(row["labels"][1:]) if label != -100]
+        exact = TopK.of(logits[wanted], 16)
+        said = cast("TopK", made.estimator.decode([kept], None))
+        assert torch.equal(said.ids, exact.ids.sort(-1).values)
+        assert torch.allclose(said.tail, exact.tail, rtol=2e-3, atol=1e-4)
+        label = kept.halves("facts", 2)[0].tolist()
+        targets = torch.tensor(row["labels"])[1:][wanted]
+        true = logits[wanted].log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        assert label == pytest.approx(true.tolist(), rel=2e-3, abs=1e-3)
+
+
+class Drawing:
+    """A collator that supervises fewer tokens each time."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, examples: Sequence[Any]) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        batch = Collator(pad_token_id=0)(examples)
+        batch["labels"][:, -1 - self.calls % 3 :] = -100
+        return batch
+
+
+def test_a_collator_that_draws_is_refused(tmp_path: Path) -> None:
+    made = caches.capture(tmp_path, data_collator=Drawing())
+    made.folder.mkdir()
+    source = made.run.teacher.open(Request(logits=True), made.args.device)
+    with pytest.raises(InputError, match=r"supervised tokens now and .* the data_collator draws"):
+        write_shard(made, made.parts[0], source, int)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
+    made = caches.capture(tmp_path)
+    made.folder.mkdir()
+    source = made.run.teacher.open(Request(logits=True), made.args.device)
+
+    def fail(path: Path) -> str:
+        assert path.exists()
+        raise OSError(errno.ENOSPC if full else errno.EIO, "no luck")
+
+    monkeypatch.setattr("llm_distill.cache.fingerprints.of_file", fail)
+    expected = InputError if full else OSError
+    with pytest.raises(expected, match="is full; whole shards stay" if full else "no luck"):
+        write_shard(made, made.parts[0], source, int)
+    assert list(made.folder.iterdir()) == []

@@ -1,0 +1,144 @@
+"""`llm-distill cache`: written from the recipe that `run` then trains from, without the teacher."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_distill.cache.manifest import FILE, Manifest
+from llm_distill.cli.cache import figures
+from llm_distill.recipe import document
+from tests import launch, on_disk
+from tests.cli.conftest import Cli
+
+
+@pytest.fixture
+def teacher(models: Path, tmp_path: Path) -> Path:
+    """A teacher that the test may delete."""
+    return Path(shutil.copytree(models / "teacher", tmp_path / "its" / "teacher"))
+
+
+@pytest.fixture
+def sections(teacher: Path, tmp_path: Path) -> dict[str, Any]:
+    keep = {"topk": {"k": 32}}
+    return {
+        "teacher": {"Cached": {"path": str(tmp_path / "cache"), "of": str(teacher), "keep": keep}}
+    }
+
+
+def test_cache_then_run_without_the_teacher(
+    cli: Cli, sections: dict[str, Any], teacher: Path, tmp_path: Path
+) -> None:
+    ended = cli("cache", **sections)
+    assert ended.code == 0, ended.err
+    assert "top 32 and the tail" in ended.out
+    assert "bytes per supervised token" in ended.out
+    assert "KL of what is read to what is kept" in ended.out
+    shutil.rmtree(teacher.parent)
+    ended = cli("check", **sections)
+    assert ended.code == 0, ended.err
+    ended = cli("run", **sections)
+    assert ended.code == 0, ended.err
+    assert "teacher: the cache" in ended.out
+    assert "KL(teacher || student)" in ended.out
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert "teacher" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_only_the_path_is_needed_to_run(cli: Cli, sections: dict[str, Any], tmp_path: Path) -> None:
+    assert cli("cache", **sections).code == 0
+    assert cli("run", teacher={"Cached": {"path": str(tmp_path / "cache")}}).code == 0
+
+
+def test_written_twice_nothing_is_asked_again(
+    cli: Cli, sections: dict[str, Any], tmp_path: Path
+) -> None:
+    assert cli("cache", **sections).code == 0
+    before = (tmp_path / "cache" / FILE).stat().st_mtime_ns
+    assert cli("cache", **sections).code == 0
+    assert (tmp_path / "cache" / FILE).stat().st_mtime_ns == before
+    assert cli("cache", "--overwrite", **sections).code == 0
+    assert (tmp_path / "cache" / FILE).stat().st_mtime_ns > before
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_run_before_the_cache(cli: Cli, sections: dict[str, Any], command: str) -> None:
+    ended = cli(command, **sections)
+    assert ended.code == 2
+    assert "write it first: llm-distill cache" in ended.err
+
+
+def test_another_length_in_the_run(
+    cli: Cli, sections: dict[str, Any], content: dict[str, Any]
+) -> None:
+    assert cli("cache", **sections).code == 0
+    ended = cli("run", **sections, data={**content["data"], "max_length": 12})
+    assert ended.code == 2
+    assert "examples are not in the cache" in ended.err
+
+
+def test_another_k_in_the_run(cli: Cli, sections: dict[str, Any]) -> None:
+    assert cli("cache", **sections).code == 0
+    ended = cli("run", "--teacher.Cached.keep.topk.k", "16", **sections)
+    assert ended.code == 2
+    assert "keeps top 32 and the tail, and the recipe says top 16" in ended.err
+
+
+def test_another_tokenizer_in_the_run(
+    cli: Cli, sections: dict[str, Any], models: Path, tmp_path: Path
+) -> None:
+    assert cli("cache", **sections).code == 0
+    student = shutil.copytree(models / "student", tmp_path / "student")
+    on_disk.tokenizer("zebras graze where lions doze").save_pretrained(student)
+    ended = cli("run", **sections, student=str(student))
+    assert ended.code == 2
+    assert "tokenizers differ" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": "some/model"}, "teacher: Local is not cached; write teacher: {Cached: {path:"),
+        ({"teacher": {"Cached": {"path": "x"}}}, "the cache x does not say of which teacher"),
+        ({"objectives": ["HiddenStates"]}, "hidden states"),
+        (
+            {"keep": "sampled", "objectives": [{"Logits": {"loss": "reverse_kl"}}]},
+            "Logits: the cache keeps 50 draws",
+        ),
+        ({"keep": {"topk": {"k": 9999}}}, "topk: k is 9999; write a number from 1 to 300"),
+        ({"keep": "topp"}, "no 'topp' in llm_distill.cache.estimators; did you mean 'topk'?"),
+    ],
+)
+def test_what_cannot_be_cached(
+    cli: Cli, sections: dict[str, Any], changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    given = {**sections, **{k: v for k, v in changes.items() if k != "keep"}}
+    if "keep" in changes:
+        given["teacher"] = {"Cached": {**sections["teacher"]["Cached"], "keep": changes["keep"]}}
+    ended = cli("cache", **given)
+    assert ended.code == 2
+    assert message in ended.err
+    assert not (tmp_path / "cache").exists()
+
+
+def test_code_of_the_teacher_has_to_be_allowed(cli: Cli) -> None:
+    of = {"Local": {"model": "x/y", "trust_remote_code": True}}
+    ended = cli("cache", teacher={"Cached": {"path": "x", "of": of}})
+    assert ended.code == 2
+    assert "--allow-code x/y" in ended.err
+
+
+def test_what_the_table_tells(cli: Cli, sections: dict[str, Any], tmp_path: Path) -> None:
+    assert cli("cache", **sections).code == 0
+    told = figures(Manifest.read(tmp_path / "cache" / FILE))
+    assert 50 < told["bytes per supervised token"] < 200
+    assert 0 <= told["KL of what is read to what is kept, nats per token"] < 2e-5
+
+
+def test_two_processes(sections: dict[str, Any], content: dict[str, Any], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(document.dump({**content, **sections}), encoding="utf-8")
+    said = launch.launch("llm_distill", "cache", str(recipe), ranks=2)
+    assert said.count("bytes per supervised token") == 1
+    assert Manifest.read(tmp_path / "cache" / FILE).rows > 0
