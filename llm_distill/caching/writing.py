@@ -21,8 +21,9 @@ from llm_distill.cache.manifest import FILE, UNFINISHED, Manifest, Shard
 from llm_distill.cache.shards import ShardReader
 from llm_distill.cache.store import HEAD, TEACHER, save_head
 from llm_distill.caching.asking import write_shard
-from llm_distill.capture import head_of, plain
+from llm_distill.capture import plain
 from llm_distill.errors import InputError
+from llm_distill.lm_head import head_of
 from llm_distill.publishing import versions
 from llm_distill.signals import Request
 
