@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FIRST_BATCHES = 20
-"""After so many it is told if most of the time goes into waiting."""
+"""After so many it is told what they show."""
+
+SLOW, THICK = 0.5, 0.1
+"""Shares of the time that goes into waiting, and of the probability outside of what is told."""
 
 
 @dataclass(frozen=True)
@@ -59,36 +62,54 @@ class Manner:
     compared: bool = True
 
 
-class Pace:
-    """How much of the first batches' time goes into waiting, told once where it is most of it.
+class FirstBatches:
+    """What the first batches show, told once where the user may want to change something.
 
     Args:
-        name: Of the teacher.
+        manner: How the server is asked.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, manner: Manner) -> None:
+        self._manner = manner
         self._batches = self._rows = 0
-        self._start = self._waited = 0.0
+        self._start = self._waited = self._outside = 0.0
 
-    def add(self, rows: int, started: float) -> None:
+    def add(self, targets: TopK, started: float) -> None:
         """A batch that was asked for at a time, and is there now."""
+        if self._batches > FIRST_BATCHES:
+            return
         now = time.monotonic()
         if self._batches:  # the first waits for much else
-            self._rows += rows
+            self._rows += len(targets)
             self._waited += now - started
+            self._outside += float(targets.tail.exp().sum())
         else:
             self._start = now
         self._batches += 1
-        if self._batches == FIRST_BATCHES + 1 and self._waited > 0.5 * (now - self._start):
+        if self._batches > FIRST_BATCHES and self._rows:
+            self._tell(now - self._start)
+
+    def _tell(self, took: float) -> None:
+        """Whether it is slow, and whether it tells enough."""
+        name, k, outside = self._manner.name, self._manner.top_k, self._outside / self._rows
+        if self._waited > SLOW * took:
             logger.warning(
                 "teacher %s tells %.0f rows a second, and %.0f %% of the first %d batches went "
                 "into waiting for it; larger batches, more accumulation or a higher concurrency "
                 "ask for more at once",
-                self._name,
+                name,
                 self._rows / self._waited,
-                100 * self._waited / (now - self._start),
+                100 * self._waited / took,
                 FIRST_BATCHES,
+            )
+        if outside > THICK:
+            logger.warning(
+                "teacher %s: %.0f %% of its probability lies outside of the %d likeliest tokens, "
+                "of which a student hears no more than that; write a larger top_k, and keep "
+                "CrossEntropy beside Logits",
+                name,
+                100 * outside,
+                k,
             )
 
 
@@ -113,7 +134,7 @@ class RemoteSource:
         )
         self._client: Client | None = client
         self._ahead: dict[int, tuple[Batch, list[Future[TopK]]]] = {}
-        self._pace = Pace(manner.name)
+        self._first = FirstBatches(manner)
 
     def __call__(self, batch: Batch) -> Signals:
         """The likeliest tokens of the supervised rows, on the device of the training.
@@ -126,7 +147,7 @@ class RemoteSource:
         ahead = id(batch) in self._ahead
         answers = self._ahead.pop(id(batch))[1] if ahead else self._begin(batch)
         targets = joined(gather(answers), self._manner.top_k)
-        self._pace.add(len(targets), started)
+        self._first.add(targets, started)
         return Signals(f"teacher {self._manner.name}", targets.to(self.device))
 
     def prepare(self, batches: Sequence[Batch]) -> None:

@@ -37,7 +37,8 @@ class Remote:
     """A model that a server of vLLM or SGLang runs; tokens in, tokens with log-probabilities out.
 
     It tells the `top_k` likeliest tokens of each row and the mass of the others, for `Logits` with
-    any loss. Nothing else is to be had over HTTP: hidden states and attention are refused.
+    any loss; how that mass is shared is left to `CrossEntropy`. Nothing else travels: hidden states
+    and attention are refused.
 
     Attributes:
         url: `http://host:8000`, with or without `/v1`.

@@ -17,7 +17,14 @@ from llm_distill.losses.sparse import TopK
 from llm_distill.rows import Batch
 from llm_distill.signals import Request
 from llm_distill.teachers import client as client_module
-from llm_distill.teachers.asking import FIRST_BATCHES, Manner, RemoteSource, asked_of, shared_out
+from llm_distill.teachers.asking import (
+    FIRST_BATCHES,
+    FirstBatches,
+    Manner,
+    RemoteSource,
+    asked_of,
+    shared_out,
+)
 from llm_distill.teachers.client import Client
 from llm_distill.teachers.dialects import DIALECTS, Asked
 from llm_distill.teachers.probing import Served
@@ -145,31 +152,45 @@ def test_it_says_what_it_is(source: RemoteSource, server: TeacherServer) -> None
     assert told.endswith(f" at {server.url}")
 
 
-class TestPace:
-    def batches(self, source: RemoteSource, pause: float) -> None:
-        batch = collated()
-        for _ in range(FIRST_BATCHES + 5):
-            source(batch)
-            time.sleep(pause)
+class TestFirstBatches:
+    def told(self, caplog: pytest.LogCaptureFixture) -> list[str]:
+        assert all(record.levelname == "WARNING" for record in caplog.records)
+        return [record.getMessage() for record in caplog.records]
+
+    def manner(self, source: RemoteSource) -> Manner:
+        return source._manner
 
     def test_a_slow_server_is_told_once(
         self, source: RemoteSource, server: TeacherServer, caplog: pytest.LogCaptureFixture
     ) -> None:
         server.fail("/", "slow", times=1000, value=0.01)
-        self.batches(source, 0.0)
-        (record,) = caplog.records
-        said = record.getMessage()
-        assert re.match(r"teacher me/t tells \d+ rows a second, and (\d+) % of the first 20 ", said)
-        assert record.levelname == "WARNING"
-
-    def test_a_quick_one_is_not(
-        self, source: RemoteSource, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        source.prepare([])
+        batch = collated()
         for _ in range(FIRST_BATCHES + 5):
-            source._pace.add(100, time.monotonic())
+            source(batch)
+        slow, thick = self.told(caplog)
+        assert re.match(r"teacher me/t tells \d+ rows a second, and \d+ % of the first 20 ", slow)
+        found = source(batch).logits
+        assert isinstance(found, TopK)
+        outside = 100 * float(found.tail.exp().mean())
+        assert outside > 10
+        assert thick.startswith(f"teacher me/t: {outside:.0f} % of its probability lies outside of")
+        assert "the 8 likeliest tokens" in thick
+
+    @pytest.mark.parametrize("outside", [0.05, 0.2])
+    def test_a_quick_one_is_told_only_where_it_tells_little(
+        self, source: RemoteSource, caplog: pytest.LogCaptureFixture, outside: float
+    ) -> None:
+        first = FirstBatches(self.manner(source))
+        few = torch.full((100, 1), 1 - outside).log()
+        targets = TopK(
+            torch.zeros(100, 1, dtype=torch.int64), few, torch.full((100,), outside).log()
+        )
+        for _ in range(FIRST_BATCHES + 5):
+            first.add(targets, time.monotonic())
             time.sleep(0.002)
-        assert caplog.records == []
+        assert [line[:20] for line in self.told(caplog)] == ["teacher me/t: 20 % o"] * (
+            outside > 0.1
+        )
 
 
 def test_faults_that_pass_are_not_seen(
