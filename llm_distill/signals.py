@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_distill.attention import Heads
+from llm_distill.losses.blending import Combined
 from llm_distill.losses.projection import Finish, Projection
 from llm_distill.losses.softmax import wide
 from llm_distill.losses.sparse import Counts, TopK
@@ -192,8 +193,8 @@ class Dense:
 Whole = Factored | Dense
 """Logits of the whole vocabulary: as hidden states and head, or ready made."""
 
-Distribution = Whole | TopK | Counts
-"""Whole, or a few tokens of each row."""
+Distribution = Whole | Combined | TopK | Counts
+"""Whole, of one teacher or of several, or a few tokens of each row."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ class Signals:
     def whole(self) -> Whole:
         """The same, of a model that gives them whole."""
         found = self.logits
-        if isinstance(found, TopK | Counts):
+        if not isinstance(found, Factored | Dense):
             raise LookupError(
                 f"{self.source} gives {type(found).__name__} targets, and whole logits are asked "
                 "for; take a teacher that gives them"
