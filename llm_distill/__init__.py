@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         Taid,
     )
     from llm_distill.students import FromConfig, FromTeacher
-    from llm_distill.teachers import Local
+    from llm_distill.teachers import Ensemble, Local
     from llm_distill.trainer import DistillTrainer
 
 __version__ = "0.1.0"
@@ -51,6 +51,7 @@ _WHERE = {
     "CrossEntropy": "objectives",
     "Data": "data",
     "DistillTrainer": "trainer",
+    "Ensemble": "teachers",
     "FromConfig": "students",
     "FromTeacher": "students",
     "HiddenStates": "objectives",
@@ -89,6 +90,7 @@ __all__ = [
     "CrossEntropy",
     "Data",
     "DistillTrainer",
+    "Ensemble",
     "FromConfig",
     "FromTeacher",
     "HiddenStates",

@@ -38,12 +38,23 @@ def bind(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             terms = {
-                name: o.build(student, teacher, evidence) for name, o in named(objectives).items()
+                name: _term(o, student, teacher, evidence) for name, o in named(objectives).items()
             }
     except ValueError as error:
         raise InputError(str(error)) from error
     query_plan(terms)
     return terms
+
+
+def _term(
+    objective: Objective, student: ModelSpec, teacher: ModelSpec, evidence: Evidence | None
+) -> Term:
+    """An objective as a term, on the member of several teachers that it names."""
+    member = mapping.member_of(objective)
+    seen = None if evidence is None else evidence.member(member)
+    term = objective.build(student, teacher.member(member), seen)
+    term.member = member
+    return term
 
 
 def ready(
@@ -58,6 +69,7 @@ def ready(
         check_objectives(objectives)
     except ValueError as error:
         raise InputError(str(error)) from error
+    mapping.check_members(objectives, teacher)
     return mapping.fading(mapping.known(objectives, student, teacher), student)
 
 
@@ -95,8 +107,9 @@ def survey(
     """The signals of both models that have to be seen once before binding; empty for most runs."""
     ours, theirs = Request(), Request()
     for objective in objectives:
-        of_student, of_teacher = objective.survey(student, teacher)
-        ours, theirs = ours | of_student, theirs | of_teacher
+        member = mapping.member_of(objective)
+        of_student, of_teacher = objective.survey(student, teacher.member(member))
+        ours, theirs = ours | of_student, theirs | of_teacher.within(member)
     return ours, theirs
 
 
@@ -166,7 +179,7 @@ def teacher_request(terms: Mapping[str, Term]) -> Request:
     """What the teacher has to give."""
     request = Request()
     for term in terms.values():
-        request = request | term.teacher
+        request = request | term.teacher.within(term.member)
     return request
 
 
@@ -184,6 +197,7 @@ def describe(objectives: Sequence[Objective], terms: Mapping[str, Term]) -> str:
             f"{name}: weight {schedules.describe(objective.weight)}"
             + (f" · {settings}" if settings else "")
         )
+        lines += [f"  of member {term.member}"] if term.member is not None else []
         lines += [f"  {note}" for note in term.notes]
         trained = sum(p.numel() for p in term.parameters())
         if trained:

@@ -24,7 +24,7 @@ from llm_distill.objectives import HeadTerm, Term
 from llm_distill.signals import Dense, Distribution, Factored, Request, Signals
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from transformers import GenerationConfig, PreTrainedConfig
 
@@ -204,9 +204,9 @@ class Distiller(nn.Module):
         # Where a logit of -inf stands for -1e30, a sum is infinite and not merely large.
         row_sums = values.masked_fill(values >= INFINITE, torch.inf).sum(1)
         sums = dict(zip(head_terms, row_sums, strict=False))
-        for k, term in enumerate(self.terms):
+        for k, term in enumerate(cast("Iterable[Term]", self.terms)):
             if k not in sums:
-                value = term(signals, teacher, batch, step)
+                value = term(signals, teacher.member(term.member), batch, step)
                 loss = loss + shares[k] * value
                 sums[k] = value.detach().to(values.dtype)
         ordered = torch.stack([sums[k] for k in range(len(self.terms))])
@@ -218,8 +218,9 @@ class Distiller(nn.Module):
         """Blocks that start from states of the teacher, and the term that lets them."""
         terms = cast("Sequence[Term]", self.terms)
         k, term = next((k, t) for k, t in enumerate(terms) if t.alone(step.progress))
-        cast("Forcing", self.forcing).give(term.starts(teacher))
-        value = term(self._reader.read(batch), teacher, batch, step)
+        heard = teacher.member(term.member)
+        cast("Forcing", self.forcing).give(term.starts(heard))
+        value = term(self._reader.read(batch), heard, batch, step)
         sums = step.shares.new_zeros(len(self.terms))
         sums[k] = value.detach()
         faults = find(step.shares.new_zeros(0, 0), batch.supervised, batch.inputs["input_ids"])
@@ -249,7 +250,7 @@ class Distiller(nn.Module):
         """Each term apart from the others, and a hidden state of the student."""
         student = self._reader.read(batch, extra=Request(hidden=frozenset({layer})))
         values: list[Tensor] = []
-        for term in self.terms:
+        for term in cast("Iterable[Term]", self.terms):
             if isinstance(term, HeadTerm):
                 own = cast("Factored", student.logits).projection()
                 bias = None if own.bias is None else own.bias.detach()
@@ -262,7 +263,7 @@ class Distiller(nn.Module):
                     chunk=self._chunk(own),
                 )
             else:
-                value = term(student, teacher, batch, step)
+                value = term(student, teacher.member(term.member), batch, step)
             values.append(value)
         return Slopes(tuple(values), student.states[layer])
 

@@ -31,7 +31,7 @@ from llm_distill.students import (
     refuse_adapted_head,
     student_spec,
 )
-from llm_distill.teachers import Local, Teacher
+from llm_distill.teachers import Local, Teacher, leaves
 from llm_distill.vocabulary import Tokenizers, check_alignment, settle_tokenizers
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def prepare_run(
     """
     check_arguments(args, kwargs)
     master = teacher if isinstance(teacher, Teacher) else Local(teacher)
-    if _weights(model) is not None and _weights(model) is _weights(master):
+    if _weights(model) is not None and any(_weights(model) is _weights(t) for t in leaves(master)):
         raise InputError("model and teacher are one object; give the teacher a copy of its own")
     student = student_spec(model, master.config)
     given, objectives = objectives, binding.ready(objectives, student, master.spec)
@@ -260,7 +260,12 @@ def _shift(model: Student, teacher: Teacher) -> bool:
     Raises:
         InputError: If one is and the other is not.
     """
-    theirs = _causal(teacher)
+    theirs, *others = map(_causal, leaves(teacher))
+    if any(other != theirs for other in others):
+        raise InputError(
+            f"{teacher.spec.name}: causal and masked language models among the members; take "
+            "members of one kind"
+        )
     ours = theirs if isinstance(model, Made) else _causal(as_local(model))
     if ours != theirs:
         kinds = ["causal" if causal else "masked" for causal in (ours, theirs)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,6 +32,7 @@ class Request:
             norm.
         heads: Blocks 1..depth whose attention is wanted.
         relations: Those whose queries, keys and values are wanted whole; they are in `heads` too.
+        members: What is wanted of single members of several teachers, ascending by their numbers.
 
     >>> (Request(hidden=frozenset({2})) | Request(logits=True)).hidden
     frozenset({2})
@@ -41,6 +42,7 @@ class Request:
     hidden: frozenset[int] = frozenset()
     heads: frozenset[int] = frozenset()
     relations: frozenset[int] = frozenset()
+    members: tuple[tuple[int, Request], ...] = ()
 
     def __post_init__(self) -> None:
         """Whoever looks for blocks whose attention is read looks at `heads`."""
@@ -53,7 +55,20 @@ class Request:
             self.hidden | other.hidden,
             self.heads | other.heads,
             self.relations | other.relations,
+            tuple(
+                (k, self.member(k) | other.member(k))
+                for k in sorted({k for k, _ in (*self.members, *other.members)})
+            ),
         )
+
+    def member(self, number: int) -> Request:
+        """What is wanted of one member."""
+        return dict(self.members).get(number, Request())
+
+    def within(self, member: int | None) -> Request:
+        """The same, wanted of a member of several teachers; None: of the teacher itself."""
+        nothing = member is None or self == Request()
+        return self if nothing else Request(members=((cast("int", member), self),))
 
     @property
     def top(self) -> int:
@@ -79,6 +94,7 @@ class ModelSpec:
         value_dim: Features of one head of values.
         blocks: The teacher's block behind each of its own, for a student that was cut from it.
         fresh: Whether its weights are random.
+        members: Those of several teachers, each of which has layers of its own.
     """
 
     name: str
@@ -94,6 +110,11 @@ class ModelSpec:
     value_dim: int = 0
     blocks: tuple[int, ...] | None = None
     fresh: bool = False
+    members: tuple[ModelSpec, ...] = ()
+
+    def member(self, number: int | None) -> ModelSpec:
+        """One of several teachers; itself for None."""
+        return self if number is None else self.members[number]
 
     @classmethod
     def of(cls, config: PreTrainedConfig, name: str) -> ModelSpec:
@@ -203,12 +224,18 @@ class Signals:
 
     Attributes:
         source: Who speaks, for messages.
+        members: What each of several teachers said, where it was asked for layers.
     """
 
     source: str
     distribution: Distribution | None = None
     states: Mapping[int, Tensor] = field(default_factory=dict)
     attention: Mapping[int, Heads] = field(default_factory=dict)
+    members: tuple[Signals, ...] = ()
+
+    def member(self, number: int | None) -> Signals:
+        """What one of several teachers said; everything for None."""
+        return self if number is None else self.members[number]
 
     @property
     def logits(self) -> Distribution:

@@ -13,6 +13,7 @@ from llm_distill import mapping
 from llm_distill.data.retokenize import Retokenizer
 from llm_distill.errors import InputError
 from llm_distill.students import FromTeacher, Made, Student, as_local
+from llm_distill.teachers import leaves
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,6 +26,10 @@ logger = logging.getLogger(__name__)
 
 SAMPLE = "Don't panic: 12,345 naïve cafés — 東京, Ελλάδα!\n\tdef f(x): return x ** 2  # ok"
 """Cut by both tokenizers: one vocabulary may still come with other merges or normalisers."""
+
+
+MEMBERS = ("member", "member")
+"""What two of several teachers are called."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ def settle_tokenizers(
         InputError: For unknown tokenizers with heads of different sizes, heads smaller than their
             tokenizers, or another tokenizer for a student that was cut from its teacher.
     """
+    _check_members(teacher)
     theirs = teacher.find_tokenizer()
     ours = given
     if ours is None:
@@ -138,7 +144,10 @@ def check_alignment(
 
 
 def find_difference(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, names: tuple[str, str]
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    names: tuple[str, str],
+    roles: tuple[str, str] = ("student", "teacher"),
 ) -> str:
     """Where two tokenizers do not give one text the same ids; empty where they do.
 
@@ -152,18 +161,43 @@ def find_difference(
     for index in sorted(ours.keys() | theirs.keys()):
         if ours.get(index) != theirs.get(index):
             return (
-                f"the tokenizers differ: token {index} is {ours.get(index)!r} for the student "
-                f"{names[0]} and {theirs.get(index)!r} for the teacher {names[1]}"
+                f"the tokenizers differ: token {index} is {ours.get(index)!r} for the {roles[0]} "
+                f"{names[0]} and {theirs.get(index)!r} for the {roles[1]} {names[1]}"
             )
     one, other = (list(t(SAMPLE).input_ids) for t in (student, teacher))
     if one == other:
         return ""
     place = next(k for k, (a, b) in enumerate(zip_longest(one, other)) if a != b)
     return (
-        f"the tokenizers of the student {names[0]} and the teacher {names[1]} have one "
+        f"the tokenizers of the {roles[0]} {names[0]} and the {roles[1]} {names[1]} have one "
         f"vocabulary and cut text differently: token {place} of {SAMPLE!r} is "
         f"{_token(student, one, place)} and {_token(teacher, other, place)}"
     )
+
+
+def _check_members(teacher: Teacher) -> None:
+    """Refuse several teachers that do not share a tokenizer: each row is one token to all of them.
+
+    Raises:
+        InputError: Naming two of them and the first token that differs, or heads of other sizes
+            where a tokenizer is not known.
+    """
+    first, *others = leaves(teacher)
+    for other in others:
+        one, two = first.find_tokenizer(), other.find_tokenizer()
+        names = first.spec.name, other.spec.name
+        difference = ""
+        if one is not None and two is not None:
+            difference = "" if one is two else find_difference(one, two, names, MEMBERS)
+        elif first.spec.vocabulary != other.spec.vocabulary:
+            sizes = f"{first.spec.vocabulary} and {other.spec.vocabulary}"
+            difference = f"{names[0]} and {names[1]} have {sizes} tokens, and not both tokenizers"
+            difference += " are known"
+        if difference:
+            raise InputError(
+                f"{teacher.spec.name}: {difference}; several teachers need one tokenizer: take "
+                "models of one family"
+            )
 
 
 def _check_unknown(student: ModelSpec, teacher: ModelSpec) -> None:

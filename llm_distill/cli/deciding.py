@@ -27,7 +27,7 @@ from llm_distill.trainer import DistillTrainer
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from transformers import TrainingArguments
+    from transformers import PreTrainedModel, TrainingArguments
 
     from llm_distill.cli.console import Screen
     from llm_distill.cli.plan import Plan
@@ -64,6 +64,11 @@ class Watched:
 
     source: Source
     tick: Callable[[], object]
+
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """As the teacher."""
+        return self.source.model
 
     def __call__(self, batch: Batch) -> Signals:
         """What the teacher says."""
@@ -130,6 +135,12 @@ def mapped(objectives: Sequence[Objective]) -> dict[str, Mapped]:
         InputError: If there is none.
     """
     everything = named(objectives)
+    several = [name for name, o in everything.items() if mapping.member_of(o) is not None]
+    if several:
+        raise InputError(
+            f"{several[0]} maps layers of one of several teachers, and this command draws those of "
+            "one; write that member as the teacher, and leave member out"
+        )
     found = {name: o for name, o in everything.items() if isinstance(o, Mapped)}
     if not found:
         raise InputError(

@@ -37,9 +37,11 @@ class Components:
 
     Attributes:
         allowed: Modules and packages outside of llm_distill that a recipe may name.
+        makers: Of what a type hint asks for by a protocol: (what the recipe says, self, place).
     """
 
     allowed: Sequence[str] = ()
+    makers: Mapping[type, Callable[..., Any]] = dataclasses.field(default_factory=dict)
 
     def __call__(self, value: Any, hint: Any, place: Place) -> Any:  # noqa: ANN401  any component
         """What a recipe names, checked against its type hint.
@@ -47,6 +49,8 @@ class Components:
         Raises:
             InputError: For an unknown name, one that does not fit, or arguments it does not take.
         """
+        if hint in self.makers:
+            return self.makers[hint](value, self, place)
         wants_function = kind_of(hint) == "function"
         if not wants_function and not is_spec(hint):
             raise InputError(
@@ -293,5 +297,4 @@ def _offer(place: Place, hint: type | None = None) -> str:
 def _listed(names: Any) -> str:  # noqa: ANN401  any iterable of names
     """Names with commas; a long list is cut."""
     names = list(names)
-    more = f" and {len(names) - 30} more" if len(names) > 30 else ""
-    return ", ".join(names[:30]) + more
+    return ", ".join(names[:30]) + (f" and {len(names) - 30} more" if len(names) > 30 else "")

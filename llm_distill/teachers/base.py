@@ -13,13 +13,11 @@ if TYPE_CHECKING:
 
 
 class Source(Protocol):
-    """A teacher at work.
+    """A teacher at work."""
 
-    Attributes:
-        model: The weights it holds in this process; None where it has none.
-    """
-
-    model: PreTrainedModel | None
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """The weights it holds in this process; None where it has none."""
 
     def __call__(self, batch: Batch) -> Signals:
         """What the teacher says about a batch, without gradients."""

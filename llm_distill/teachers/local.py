@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from llm_distill import loading
 from llm_distill.capture import Reader, plain
 from llm_distill.errors import InputError
+from llm_distill.losses.sparse import Counts, TopK
 from llm_distill.signals import (
     Dense,
     Distribution,
@@ -198,8 +199,10 @@ def moved(signals: Signals, device: torch.device) -> Signals:
             return None
         if isinstance(value, Dense):
             return Dense(to(value.values))
-        if not isinstance(value, Factored):
+        if isinstance(value, TopK | Counts):
             return value.to(device)
+        if not isinstance(value, Factored):  # of several teachers, which see to it themselves
+            return value
         head: Head = replace(value.head, weight=to(value.head.weight), bias=to(value.head.bias))
         return Factored(to(value.hidden), head)
 
