@@ -40,17 +40,20 @@ if TYPE_CHECKING:
         Taid,
     )
     from llm_distill.students import FromConfig, FromTeacher
-    from llm_distill.teachers import Ensemble, Local
+    from llm_distill.teachers import AdapterOff, BornAgain, Ema, Ensemble, Local
     from llm_distill.trainer import DistillTrainer
 
 __version__ = "0.1.0"
 
 _WHERE = {
+    "AdapterOff": "teachers",
     "AttentionMaps": "objectives",
+    "BornAgain": "teachers",
     "Contrastive": "objectives",
     "CrossEntropy": "objectives",
     "Data": "data",
     "DistillTrainer": "trainer",
+    "Ema": "teachers",
     "Ensemble": "teachers",
     "FromConfig": "students",
     "FromTeacher": "students",
@@ -85,11 +88,14 @@ _WHERE = {
 }
 
 __all__ = [
+    "AdapterOff",
     "AttentionMaps",
+    "BornAgain",
     "Contrastive",
     "CrossEntropy",
     "Data",
     "DistillTrainer",
+    "Ema",
     "Ensemble",
     "FromConfig",
     "FromTeacher",

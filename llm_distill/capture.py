@@ -205,7 +205,8 @@ def head_of(model: PreTrainedModel) -> Head:
     """
     output = cast("nn.Module | None", model.get_output_embeddings())
     if isinstance(output, ModulesToSaveWrapper):
-        output = output.modules_to_save[output.active_adapters[0]]
+        off, own = output.disable_adapters, output.modules_to_save
+        output = output.original_module if off else own[output.active_adapters[0]]
     if not isinstance(output, nn.Linear):
         what = (
             "no language-model head" if output is None else f"a {type(output).__name__} as its head"

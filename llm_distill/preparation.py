@@ -30,8 +30,9 @@ from llm_distill.students import (
     as_local,
     refuse_adapted_head,
     student_spec,
+    teacher_for,
 )
-from llm_distill.teachers import Local, Teacher, leaves
+from llm_distill.teachers import Itself, Local, Teacher, leaves
 from llm_distill.vocabulary import Tokenizers, check_alignment, settle_tokenizers
 
 if TYPE_CHECKING:
@@ -136,7 +137,8 @@ def prepare_run(
         InputError: Saying what was asked, what there is, and what to write instead.
     """
     check_arguments(args, kwargs)
-    master = teacher if isinstance(teacher, Teacher) else Local(teacher)
+    spec = teacher if isinstance(teacher, Itself | Teacher) else Local(teacher)
+    master = teacher_for(model, spec, adapted=adapter is not None)
     if _weights(model) is not None and any(_weights(model) is _weights(t) for t in leaves(master)):
         raise InputError("model and teacher are one object; give the teacher a copy of its own")
     student = student_spec(model, master.config)

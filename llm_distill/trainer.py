@@ -17,12 +17,14 @@ from llm_distill.balance.base import settle
 from llm_distill.calibration import calibrate
 from llm_distill.distiller import Distiller
 from llm_distill.evaluation import Tally, evaluation_metrics, own_sequences
+from llm_distill.following import Follow
 from llm_distill.ledger import AfterStep, Ledger, Ranks, logs_next
 from llm_distill.objectives import MEASURES, CrossEntropy, Logits, Objective
 from llm_distill.preparation import COLUMNS, make_batch, prepare_run
 from llm_distill.rows import Step
 from llm_distill.steps import StepTrainer
 from llm_distill.students import Student, load_student
+from llm_distill.teachers import Itself, Local, Within
 from llm_distill.weighing import Weighing, sent
 
 if TYPE_CHECKING:
@@ -91,7 +93,10 @@ class DistillTrainer(StepTrainer):
             student = cast(
                 "nn.Module", get_peft_model(cast("PreTrainedModel", student), peft_config)
             )
-        self._source = run.teacher.open(run.opening_request, args.device)
+        master = run.teacher
+        if isinstance(master, Itself):
+            master = master.of(Local(cast("PreTrainedModel", student)))
+        self._source = master.open(run.opening_request, args.device)
         make = partial(DistillTrainer, rows_per_chunk=chunk, balance=balance)
         asked, run = run, calibrate(run, student, self._source, args, make)
         self.run = run
@@ -101,6 +106,7 @@ class DistillTrainer(StepTrainer):
             run.student.name,
             rows_per_chunk=chunk,
             balance=settle(balance, run.terms, run.student.depth),
+            within=self._source if isinstance(self._source, Within) else None,
         )
         given, use_cache = args.ddp_find_unused_parameters, distiller.config.use_cache
         if given is None:
@@ -128,6 +134,8 @@ class DistillTrainer(StepTrainer):
     def _add_callbacks(self, asked: Run) -> None:
         """What follows a step; `asked` is the run before data decided its maps."""
         self.add_callback(AfterStep(self._ledger))
+        if self.distiller.within is not None and self.distiller.within.follows:
+            self.add_callback(Follow(self.distiller))
         if refreshing.follows(asked.objectives):
             given = asked, self.run, self.distiller.student, self._source
             self.add_callback(refreshing.Refresh(*given, self._show))

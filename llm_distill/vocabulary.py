@@ -13,7 +13,7 @@ from llm_distill import mapping
 from llm_distill.data.retokenize import Retokenizer
 from llm_distill.errors import InputError
 from llm_distill.students import FromTeacher, Made, Student, as_local
-from llm_distill.teachers import leaves
+from llm_distill.teachers import Itself, leaves
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -78,16 +78,13 @@ def settle_tokenizers(
             tokenizers, or another tokenizer for a student that was cut from its teacher.
     """
     _check_members(teacher)
-    theirs = teacher.find_tokenizer()
-    ours = given
-    if ours is None:
-        ours = theirs if isinstance(model, Made) else as_local(model).find_tokenizer()
+    ours, theirs = _of_both(model, teacher, given)
     difference = ""
     if ours is not None and theirs is not None:
         if ours is not theirs:
             difference = find_difference(ours, theirs, (student.name, teacher.spec.name))
     else:
-        _check_unknown(student, teacher.spec)
+        _check_unknown(student, teacher)
     if difference and isinstance(model, FromTeacher):
         raise InputError(
             f"{difference}; a student cut from its teacher has the embeddings of the teacher's "
@@ -200,12 +197,28 @@ def _check_members(teacher: Teacher) -> None:
             )
 
 
-def _check_unknown(student: ModelSpec, teacher: ModelSpec) -> None:
+def _of_both(
+    model: Student, teacher: Teacher, given: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | None]:
+    """The student's tokenizer and the teacher's, which may be the student itself."""
+    if isinstance(teacher, Itself):
+        own = given if given is not None else teacher.find_tokenizer()
+        return own, own
+    theirs = teacher.find_tokenizer()
+    if given is not None:
+        return given, theirs
+    return theirs if isinstance(model, Made) else as_local(model).find_tokenizer(), theirs
+
+
+def _check_unknown(student: ModelSpec, master: Teacher) -> None:
     """Take equal heads for one vocabulary where not both tokenizers are known, and say so.
 
     Raises:
         InputError: If the heads differ.
     """
+    teacher = master.spec
+    if isinstance(master, Itself):
+        return
     if student.vocabulary != teacher.vocabulary:
         raise InputError(
             f"the student {student.name} has {student.vocabulary} tokens, the teacher "

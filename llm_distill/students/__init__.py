@@ -10,6 +10,7 @@ from llm_distill.students.given import (
     load_student,
     refuse_adapted_head,
     student_spec,
+    teacher_for,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "load_student",
     "refuse_adapted_head",
     "student_spec",
+    "teacher_for",
 ]

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -22,6 +23,7 @@ from llm_distill.signals import ModelSpec
 from llm_distill.students.blocks import matching
 from llm_distill.students.from_config import FromConfig
 from llm_distill.students.from_teacher import FromTeacher
+from llm_distill.teachers.itself import Itself
 from llm_distill.teachers.local import Local
 
 if TYPE_CHECKING:
@@ -54,6 +56,30 @@ def student_spec(student: Student, teacher: PreTrainedConfig) -> ModelSpec:
     whole = teacher.get_text_config(decoder=True).num_hidden_layers
     fits = found is not None and found.of == whole
     return spec.spec if fits else replace(spec.spec, blocks=None)
+
+
+def teacher_for(student: Student, teacher: Teacher, *, adapted: bool = False) -> Teacher:
+    """The teacher, of this student where it is the student itself.
+
+    Args:
+        student: As it was given.
+        teacher: As it was given.
+        adapted: Whether the student gets adapters.
+
+    Raises:
+        InputError: For a student that is made for a teacher, or one that this cannot be made of.
+    """
+    if not isinstance(teacher, Itself):
+        return teacher
+    if isinstance(student, Made):
+        raise InputError(
+            f"{type(teacher).__name__} is made of the student, and {type(student).__name__} makes "
+            "a student for its teacher; write a Hub id, a path or a loaded model as the student"
+        )
+    own = as_local(student)
+    made = teacher.of(own)
+    made.check(adapted=adapted or isinstance(own.model, PeftModel))
+    return made
 
 
 def load_student(student: Student, teacher: Teacher) -> PreTrainedModel:

@@ -2,7 +2,20 @@
 
 from llm_distill.teachers.base import Source, Teacher
 from llm_distill.teachers.ensemble import Ensemble
+from llm_distill.teachers.itself import AdapterOff, BornAgain, Ema, Itself
 from llm_distill.teachers.local import Local
 from llm_distill.teachers.members import leaves
+from llm_distill.teachers.within import Within
 
-__all__ = ["Ensemble", "Local", "Source", "Teacher", "leaves"]
+__all__ = [
+    "AdapterOff",
+    "BornAgain",
+    "Ema",
+    "Ensemble",
+    "Itself",
+    "Local",
+    "Source",
+    "Teacher",
+    "Within",
+    "leaves",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -47,9 +47,9 @@ def as_teachers(
     """
     if isinstance(given, str) or not isinstance(given, Sequence) or len(given) < 2:
         raise InputError(f"{owner}: {given!r} are no several teachers; give a list of two or more")
-    # Specs are dataclasses; to ask for the protocol would read their configs.
+    # To ask for the protocol would read their configs.
     return tuple(
-        cast("Teacher", member) if is_dataclass(member) else Local(cast("str", member))
+        cast("Teacher", member) if "open" in dir(type(member)) else Local(cast("str", member))
         for member in given
     )
 

@@ -16,6 +16,7 @@ from tests import tiny
 class Table:
     """A source that knows one distribution only."""
 
+    model = None
     closed = False
 
     def __call__(self, batch: Batch) -> Signals:

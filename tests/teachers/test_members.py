@@ -28,7 +28,7 @@ class Placed(nn.Module):
         super().__init__()
         self.place = DEVICE
 
-    def to(self, device: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def to(self, device: Any = None, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         del args, kwargs
         self.place = device
         return self
