@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         Taid,
     )
     from llm_distill.students import FromConfig, FromTeacher
-    from llm_distill.teachers import AdapterOff, BornAgain, Ema, Ensemble, Local
+    from llm_distill.teachers import AdapterOff, BornAgain, Ema, Ensemble, Local, Routed
     from llm_distill.trainer import DistillTrainer
 
 __version__ = "0.1.0"
@@ -62,6 +62,7 @@ _WHERE = {
     "Local": "teachers",
     "Logits": "objectives",
     "Relations": "objectives",
+    "Routed": "teachers",
     "Taid": "objectives",
     "adaptive_kl": "losses",
     "alpha_beta": "losses",
@@ -104,6 +105,7 @@ __all__ = [
     "Local",
     "Logits",
     "Relations",
+    "Routed",
     "Taid",
     "adaptive_kl",
     "alpha_beta",

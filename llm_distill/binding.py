@@ -141,7 +141,8 @@ def make_batch(
     """What `RowCollator` made, as models and terms see it.
 
     Args:
-        collated: Model inputs with `rows`, `valid`, `keys` and perhaps `theirs` beside them.
+        collated: Model inputs with `rows`, `valid`, `keys` and perhaps `theirs` and `columns`
+            beside them.
         plan: Which query rows to sample; None for none.
         seed: Of the run.
         epoch: Of the queries.
@@ -161,12 +162,13 @@ def make_batch(
     inputs = {
         k: v
         for k, v in collated.items()
-        if k not in ("rows", "valid", "keys", "theirs", "labels", "num_items_in_batch")
+        if k not in ("rows", "valid", "keys", "theirs", "columns", "labels", "num_items_in_batch")
     }
     theirs = None
     if "theirs" in collated:
         theirs = make_batch(collated["theirs"], None, seed=seed, epoch=epoch, keep=keep)
-    batch = Batch(inputs, rows, valid, queries, Draw(seed, epoch, tuple(keys)), theirs)
+    columns = collated.get("columns", {})
+    batch = Batch(inputs, rows, valid, queries, Draw(seed, epoch, tuple(keys)), theirs, columns)
     return batch.to(rows.index.device)
 
 

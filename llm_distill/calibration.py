@@ -128,7 +128,9 @@ def _batches(run: Run, args: TrainingArguments) -> Iterator[Batch]:
     once = isinstance(dataset, TorchStream) and not isinstance(dataset, Stream)
     if dataset is None or (once and not asked):
         return
-    examples = [readable(example, args) for example in head(dataset, CALIBRATION_EXAMPLES)]
+    examples = [
+        readable(example, args, run.columns) for example in head(dataset, CALIBRATION_EXAMPLES)
+    ]
     if asked and not examples:
         raise InputError(
             "train_dataset has no example to calibrate on; give it some, or write init: random and "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ class RowCollator:
         positions: Tokens a sequence may have: the fewer of both models'; None: not known.
         theirs: Makes the teacher's own batch of the real tokens of each sequence, where its
             tokenizer is another.
+        columns: Of the examples, kept as text beside the batch; the collator does not see them.
     """
 
     collator: Callable[[list[Any]], Mapping[str, Any]]
@@ -33,13 +34,17 @@ class RowCollator:
     valid: bool
     positions: int | None = None
     theirs: RowCollator | None = None
+    columns: tuple[str, ...] = ()
 
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
         """Collate examples.
 
         Raises:
-            ValueError: If the inner collator gives no `labels`.
+            ValueError: If the inner collator gives no `labels`, or an example lacks a column.
         """
+        columns = self._columns(examples)
+        if columns:
+            examples = [{k: v for k, v in e.items() if k not in columns} for e in examples]
         batch = dict(self.collator(examples))
         if "labels" not in batch:
             raise ValueError(
@@ -56,7 +61,22 @@ class RowCollator:
             batch["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
         if self.theirs is not None:
             batch["theirs"] = self.theirs(_real(ids, mask))
+        for part in (batch, batch.get("theirs")):
+            if columns and part is not None:
+                part["columns"] = columns
         return batch
+
+    def _columns(self, examples: Sequence[Any]) -> dict[str, tuple[str, ...]]:
+        """The kept columns, as text."""
+        for name in self.columns:
+            for example in examples:
+                if not isinstance(example, Mapping) or name not in example:
+                    there = sorted(example) if isinstance(example, Mapping) else "no names"
+                    raise InputError(
+                        f"an example has no column '{name}', which names its teacher; it has "
+                        f"{there}: add the column, or write another in Routed: by"
+                    )
+        return {name: tuple(str(example[name]) for example in examples) for name in self.columns}
 
     def _check_length(self, length: int) -> None:
         """Refuse what a model has no positions for; rotary ones would go on silently."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from llm_distill import binding, loading, mapping
+from llm_distill import binding, mapping
 from llm_distill.arguments import (
     check_arguments,
     check_batches,
@@ -16,23 +16,23 @@ from llm_distill.arguments import (
     idle_gates,
 )
 from llm_distill.binding import make_batch
-from llm_distill.capture import plain, predicts_next
+from llm_distill.capture import plain
 from llm_distill.collation import RowCollator, first_batch
 from llm_distill.data import Collator, Prepared
 from llm_distill.data.given import first_of, tokenised
 from llm_distill.errors import InputError
 from llm_distill.evaluation import OWN, settle_best_metric
 from llm_distill.objectives import MEASURES, Objective, Term
+from llm_distill.routing import check_routes
 from llm_distill.signals import ModelSpec, Request
 from llm_distill.students import (
-    Made,
     Student,
-    as_local,
+    both_causal,
     refuse_adapted_head,
     student_spec,
     teacher_for,
 )
-from llm_distill.teachers import Itself, Local, Teacher, leaves
+from llm_distill.teachers import Itself, Local, Teacher, columns_of, leaves
 from llm_distill.vocabulary import Tokenizers, check_alignment, settle_tokenizers
 
 if TYPE_CHECKING:
@@ -119,7 +119,13 @@ class Run:
             valid=binding.needs_valid(self.terms),
             positions=self.tokenizers.positions(self.student, self.teacher.spec),
             theirs=None if retold is None else RowCollator(retold, shift=self.shift, valid=True),
+            columns=self.columns,
         )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the data that the teacher reads beside the tokens."""
+        return columns_of(self.teacher)
 
 
 def prepare_run(
@@ -151,7 +157,7 @@ def prepare_run(
         check_checkpointing(args)
     if kwargs.get("train_dataset") is not None:
         check_batches(terms, args)
-    shift = _shift(model, master)
+    shift = both_causal(model, master)
     filled = dict(kwargs)
     found = settle_tokenizers(model, master, student, filled.get("processing_class"))
     check_alignment(found, objectives, terms, causal=shift)
@@ -162,7 +168,11 @@ def prepare_run(
     collator = filled.get("data_collator")
     for name in ("train_dataset", "eval_dataset"):
         dataset, own = filled.get(name), collator is not None
-        filled[name] = tokenised(dataset, tokenizer, positions, seen, name, keep_tokens=own)
+        check_routes(master, dataset, name)
+        keep = columns_of(master)
+        filled[name] = tokenised(
+            dataset, tokenizer, positions, seen, name, keep_tokens=own, keep=keep
+        )
     if collator is None:
         filled["data_collator"] = (
             Collator.of(tokenizer) if tokenizer is not None else Collator(pad_token_id=0)
@@ -211,11 +221,15 @@ def _weights(model: object) -> nn.Module | None:
     return plain(inner) if isinstance(inner, nn.Module) else None
 
 
-def readable(example: Any, args: TrainingArguments) -> Any:  # noqa: ANN401  what a collator takes
-    """An example without the columns that Trainer takes away."""
+def readable(
+    example: Any,  # noqa: ANN401  what a collator takes
+    args: TrainingArguments,
+    columns: Sequence[str] = (),
+) -> Any:  # noqa: ANN401  the same
+    """An example without the columns that Trainer takes away; some stay besides."""
     if not args.remove_unused_columns or not isinstance(example, Mapping):
         return example
-    return {key: example[key] for key in COLUMNS if key in example}
+    return {key: example[key] for key in (*COLUMNS, *columns) if key in example}
 
 
 def _check_training_data(run: Run, args: TrainingArguments) -> None:
@@ -239,7 +253,7 @@ def _check_training_data(run: Run, args: TrainingArguments) -> None:
         )
     batch = first_batch(
         run.collator,
-        (readable(example, args) for example in first_of(dataset, CHECKED)),
+        (readable(example, args, run.columns) for example in first_of(dataset, CHECKED)),
         rows_needed=any(term.rows == "supervised" for term in run.terms.values()),
     )
     if batch is not None:
@@ -254,35 +268,3 @@ def _check_masked(run: Run, batch: Mapping[str, Any]) -> None:
             f"the student {run.student.name} is a masked language model and nothing in the "
             "training data is masked; give data_collator=DataCollatorForLanguageModeling(tokenizer)"
         )
-
-
-def _shift(model: Student, teacher: Teacher) -> bool:
-    """Whether both models are causal.
-
-    Raises:
-        InputError: If one is and the other is not.
-    """
-    theirs, *others = map(_causal, leaves(teacher))
-    if any(other != theirs for other in others):
-        raise InputError(
-            f"{teacher.spec.name}: causal and masked language models among the members; take "
-            "members of one kind"
-        )
-    ours = theirs if isinstance(model, Made) else _causal(as_local(model))
-    if ours != theirs:
-        kinds = ["causal" if causal else "masked" for causal in (ours, theirs)]
-        raise InputError(
-            f"the student is a {kinds[0]} language model and the teacher a {kinds[1]} one; take "
-            "two of one kind"
-        )
-    return ours
-
-
-def _causal(spec: Teacher) -> bool:
-    """Whether a model is a causal one, by its class or by what its config was saved from."""
-    loaded = getattr(spec, "model", None)
-    return (
-        predicts_next(loaded)
-        if isinstance(loaded, nn.Module)
-        else not loading.is_masked(spec.config)
-    )

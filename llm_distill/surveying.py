@@ -149,7 +149,7 @@ def _batches(run: Run, args: TrainingArguments, *, crossed: bool) -> Iterator[Ba
     dataset = cast("Iterable[Any]", run.kwargs["train_dataset"])
     pooled = crossed and run.tokenizers.theirs is not None
     first = head(dataset, POOLED if pooled else SEQUENCES)
-    examples = [_short(readable(example, args)) for example in first]
+    examples = [_short(readable(example, args, run.columns)) for example in first]
     size = max(1, -(-len(examples) // SETS))
     collate = replace(run.collator, valid=True)
     with torch.random.fork_rng(devices=[]):

@@ -273,4 +273,4 @@ class DistillTrainer(StepTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns that the collator reads, not those of the wrapper's signature."""
-        self._signature_columns: Any = list(COLUMNS)
+        self._signature_columns: Any = [*COLUMNS, *self.run.columns]

@@ -5,6 +5,7 @@ from llm_distill.teachers.ensemble import Ensemble
 from llm_distill.teachers.itself import AdapterOff, BornAgain, Ema, Itself
 from llm_distill.teachers.local import Local
 from llm_distill.teachers.members import leaves
+from llm_distill.teachers.routed import Routed, columns_of, routers
 from llm_distill.teachers.within import Within
 
 __all__ = [
@@ -14,8 +15,11 @@ __all__ = [
     "Ensemble",
     "Itself",
     "Local",
+    "Routed",
     "Source",
     "Teacher",
     "Within",
+    "columns_of",
     "leaves",
+    "routers",
 ]
