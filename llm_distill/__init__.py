@@ -40,7 +40,15 @@ if TYPE_CHECKING:
         Taid,
     )
     from llm_distill.students import FromConfig, FromTeacher
-    from llm_distill.teachers import AdapterOff, BornAgain, Ema, Ensemble, Local, Routed
+    from llm_distill.teachers import (
+        AdapterOff,
+        BornAgain,
+        DeepToShallow,
+        Ema,
+        Ensemble,
+        Local,
+        Routed,
+    )
     from llm_distill.trainer import DistillTrainer
 
 __version__ = "0.1.0"
@@ -52,6 +60,7 @@ _WHERE = {
     "Contrastive": "objectives",
     "CrossEntropy": "objectives",
     "Data": "data",
+    "DeepToShallow": "teachers",
     "DistillTrainer": "trainer",
     "Ema": "teachers",
     "Ensemble": "teachers",
@@ -95,6 +104,7 @@ __all__ = [
     "Contrastive",
     "CrossEntropy",
     "Data",
+    "DeepToShallow",
     "DistillTrainer",
     "Ema",
     "Ensemble",

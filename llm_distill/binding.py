@@ -9,7 +9,15 @@ import torch
 
 from llm_distill import mapping, schedules
 from llm_distill.errors import InputError
-from llm_distill.objectives import Evidence, Objective, QueryPlan, Term, check_objectives, named
+from llm_distill.objectives import (
+    Evidence,
+    HeadTerm,
+    Objective,
+    QueryPlan,
+    Term,
+    check_objectives,
+    named,
+)
 from llm_distill.queries import sample_queries
 from llm_distill.rows import Batch, Draw
 from llm_distill.signals import ModelSpec, Request
@@ -71,6 +79,29 @@ def ready(
         raise InputError(str(error)) from error
     mapping.check_members(objectives, teacher)
     return mapping.fading(mapping.known(objectives, student, teacher), student)
+
+
+def check_depth(terms: Mapping[str, Term]) -> None:
+    """Refuse what a layer of the student would learn from itself, or from a layer below it.
+
+    Raises:
+        InputError: Naming the term, and what to write.
+    """
+    for name, term in terms.items():
+        rows = () if term.mapping is None else term.mapping.rows
+        for row in rows:
+            if any(layer <= row.student for layer, _ in row.teacher):
+                raise InputError(
+                    f"{name}: layer {row.student} of the student would learn from its own layer "
+                    f"{min(row.layers)}, and DeepToShallow teaches from deeper ones; write "
+                    f"layers: {{explicit: {{pairs: [[{row.student}, {row.student + 1}]]}}}}, or "
+                    "deeper"
+                )
+        if isinstance(term, HeadTerm) and term.teacher.logits and term.exit is None:
+            raise InputError(
+                f"{name}: the last layer would learn from itself; with DeepToShallow write exit: 1 "
+                "or another layer of the student"
+            )
 
 
 def check_optimizers(terms: Mapping[str, Term], optimizers: tuple[Any, Any]) -> None:
@@ -187,7 +218,7 @@ def teacher_request(terms: Mapping[str, Term]) -> Request:
 
 def reads_logits(terms: Mapping[str, Term]) -> bool:
     """Whether any term reads the student's logits."""
-    return any(term.student.logits for term in terms.values())
+    return any(term.student.logits or term.student.exits for term in terms.values())
 
 
 def describe(objectives: Sequence[Objective], terms: Mapping[str, Term]) -> str:

@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftModel
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from llm_distill.attention_tap import Tap, clear, discover, install, mark
+from llm_distill.language_head import head_of, last_norm
 from llm_distill.signals import (
     Dense,
     Factored,
-    Head,
     ModelSpec,
     Request,
     Signals,
@@ -28,7 +26,7 @@ from llm_distill.signals import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from transformers import PreTrainedModel
 
@@ -70,6 +68,7 @@ class Reader:
         _refuse_prompts(model, name)
         refuse_layers(request, ModelSpec.of(plain(model).config, name))
         self._taps: dict[int, Tap] = {}
+        self._norm: nn.Module | None = None
         self._probe()
 
     def read(self, batch: Batch, *, extra: Request | None = None) -> Signals:
@@ -84,10 +83,15 @@ class Reader:
         hidden = {layer: caught.hidden_states[layer] for layer in request.hidden}
         heads = {layer: self._caught(layer) for layer in request.heads}
         distribution: Whole | None = None
+        index = batch.supervised.index
         if request.logits:
-            rows = last.flatten(0, 1).index_select(0, batch.supervised.index)
+            rows = last.flatten(0, 1).index_select(0, index)
             distribution = self._distribution(rows)
-        return Signals(self.name, distribution, hidden, heads)
+        exits = {}
+        for layer in request.exits:
+            rows = caught.hidden_states[layer].flatten(0, 1).index_select(0, index)
+            exits[layer] = self._distribution(rows if self._norm is None else self._norm(rows))
+        return Signals(self.name, distribution, hidden, heads, exits=exits)
 
     def full_logits(self, batch: Batch) -> Tensor:
         """Logits of every position `[B, T, V]`, as `compute_metrics` expects them."""
@@ -105,9 +109,8 @@ class Reader:
         for layer, tap in self._taps.items():
             tap.queries, tap.caught, tap.open = None if batch is None else batch.queries, None, True
             tap.whole = layer in request.relations
-        options: dict[str, Any] = (
-            {"output_hidden_states": sorted(request.hidden)} if request.hidden else {}
-        )
+        layers = sorted(request.hidden | request.exits)
+        options: dict[str, Any] = {"output_hidden_states": layers} if layers else {}
         backbone = cast("PreTrainedModel", plain(self._model).base_model)
         inputs = {key: value for key, value in inputs.items() if self._takes(key)}
         if backbone.config.is_encoder_decoder or not hasattr(backbone.config, "use_cache"):
@@ -153,14 +156,16 @@ class Reader:
             if self.request.heads:
                 self._taps = self._find_taps(model)
             inputs = _probe_inputs(model)
-            outputs, last = self._run(inputs, None, self.request)
-            for layer in sorted(self.request.hidden):
+            with last_norm(model, asked=bool(self.request.exits)) as norm:
+                outputs, last = self._run(inputs, None, self.request)
+            self._norm = norm.get(last.data_ptr())
+            for layer in sorted(self.request.hidden | self.request.exits):
                 states = getattr(outputs, "hidden_states", None)
                 if not states or len(states) <= layer or states[layer] is None:
                     raise ValueError(
                         f"{self.name} ({type(model).__name__}) gives no hidden state {layer}"
                     )
-            if self.request.logits:
+            if self.request.logits or self.request.exits:
                 self._check_head(model, inputs, last)
         finally:
             model.train(training)
@@ -195,42 +200,6 @@ class Reader:
                 "soft cap, so its logits cannot be computed row by row; use HiddenStates and "
                 "AttentionMaps with it"
             )
-
-
-def head_of(model: PreTrainedModel) -> Head:
-    """The language-model head of a model: weight, bias, scale, soft cap, and what comes before it.
-
-    Raises:
-        ValueError: If there is no head, or if an adapter sits on it.
-    """
-    output = cast("nn.Module | None", model.get_output_embeddings())
-    if isinstance(output, ModulesToSaveWrapper):
-        off, own = output.disable_adapters, output.modules_to_save
-        output = output.original_module if off else own[output.active_adapters[0]]
-    if not isinstance(output, nn.Linear):
-        what = (
-            "no language-model head" if output is None else f"a {type(output).__name__} as its head"
-        )
-        raise ValueError(
-            f"{type(model).__name__} has {what}; logits need a plain linear head (for LoRA, take "
-            "the head out of "
-            "target_modules, or put it into modules_to_save)"
-        )
-    config = model.config.get_text_config(decoder=True)
-    division = getattr(config, "logits_scaling", None)
-    scale = getattr(config, "logit_scale", None)
-    return Head(
-        weight=_gathered(output.weight),
-        bias=None if output.bias is None else _gathered(output.bias),
-        scale=1.0 / float(division) if division else float(scale) if scale else 1.0,
-        softcap=getattr(config, "final_logit_softcapping", None),
-        transform=_transform_of(model),
-    )
-
-
-def _gathered(parameter: Tensor) -> Tensor:
-    """A parameter whole, differentiably, where its shards lie on several ranks."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def _refuse_prompts(model: nn.Module, name: str) -> None:
@@ -268,13 +237,6 @@ def refuse_layers(request: Request, spec: ModelSpec) -> None:
                 f"{spec.name}: block {layer} is out of range 1..{spec.depth} (the embedding has no "
                 "heads)"
             )
-
-
-def _transform_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor] | None:
-    """The layers between backbone and head that BERT and its kin have."""
-    predictions = getattr(getattr(model, "cls", None), "predictions", None)
-    transform = getattr(predictions, "transform", None)
-    return cast("Callable[[Tensor], Tensor] | None", transform)
 
 
 def _probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:

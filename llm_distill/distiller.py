@@ -6,6 +6,7 @@ the student: then it is sharded, and computes, as the student does.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import psutil
@@ -199,8 +200,32 @@ class Distiller(nn.Module):
     def _head(
         self, chosen: Sequence[int], student: Signals, teacher: Signals, batch: Batch, step: Step
     ) -> tuple[Tensor, Tensor]:
-        """All row-wise terms on logits, and the measures, in one pass."""
-        own = cast("Factored", student.logits).projection()
+        """All row-wise terms on logits, and the measures: a pass for each layer they look at."""
+        terms = {k: cast("HeadTerm", self.terms[k]) for k in chosen}
+        loss = torch.zeros((), device=step.shares.device)
+        rows: dict[int, Tensor] = {}
+        extra: list[Tensor] = []
+        exits = {None} if step.measure else set()
+        for exit in sorted(exits | {term.exit for term in terms.values()}, key=str):
+            here = [k for k, term in terms.items() if term.exit == exit]
+            part = replace(step, measure=step.measure and exit is None)
+            value, found = self._pass(here, exit, student, teacher, batch, part)
+            loss = loss + value
+            rows |= dict(zip(here, found, strict=False))
+            extra += list(found[len(here) :])
+        return loss, torch.stack([*(rows[k] for k in chosen), *extra])
+
+    def _pass(
+        self,
+        chosen: Sequence[int],
+        exit: int | None,
+        student: Signals,
+        teacher: Signals,
+        batch: Batch,
+        step: Step,
+    ) -> tuple[Tensor, Tensor]:
+        """The terms on one layer's logits, and the measures, in one pass."""
+        own = _logits(student, exit)
         terms = [cast("HeadTerm", self.terms[k]) for k in chosen]
         compared = teacher.distribution if step.measure else None
         asks_teacher = compared is not None or any(term.teacher.logits for term in terms)
@@ -222,7 +247,7 @@ class Distiller(nn.Module):
         values: list[Tensor] = []
         for term in cast("Iterable[Term]", self.terms):
             if isinstance(term, HeadTerm):
-                own = cast("Factored", student.logits).projection()
+                own = _logits(student, term.exit)
                 bias = None if own.bias is None else own.bias.detach()
                 value, _ = head_pass(
                     Projection(own.features, own.weight.detach(), bias, own.finish),
@@ -249,6 +274,12 @@ class Distiller(nn.Module):
                 free=free_memory(device),
             )
         return self.rows_per_chunk
+
+
+def _logits(student: Signals, layer: int | None) -> Projection:
+    """The student's logits at one of its exits; at its end for None."""
+    found = student.logits if layer is None else student.exits[layer]
+    return cast("Factored", found).projection()
 
 
 def _target(distribution: Distribution) -> Teacher:

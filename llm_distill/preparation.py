@@ -32,7 +32,7 @@ from llm_distill.students import (
     student_spec,
     teacher_for,
 )
-from llm_distill.teachers import Itself, Local, Teacher, columns_of, leaves
+from llm_distill.teachers import DeepToShallow, Itself, Local, Teacher, columns_of, leaves
 from llm_distill.vocabulary import Tokenizers, check_alignment, settle_tokenizers
 
 if TYPE_CHECKING:
@@ -82,15 +82,20 @@ class Run:
     def teacher_request(self) -> Request:
         """What the teacher has to give; its logits as well for an evaluation that compares them."""
         request = binding.teacher_request(self.terms)
-        compared = self._evaluates and self.tokenizers.theirs is None
+        compared = self._evaluates and self.compares
         return request | Request(logits=True) if compared else request
 
     @property
     def measured(self) -> tuple[str, ...]:
         """Those of `MEASURES` that an evaluation takes."""
-        if self.teacher_request.logits:
+        if self.teacher_request.logits and self.compares:
             return MEASURES
         return OWN if self._evaluates else ()
+
+    @property
+    def compares(self) -> bool:
+        """Whether the logits of two models can be compared token by token."""
+        return _compares(self.tokenizers, self.teacher)
 
     @property
     def _evaluates(self) -> bool:
@@ -150,6 +155,8 @@ def prepare_run(
     student = student_spec(model, master.config)
     given, objectives = objectives, binding.ready(objectives, student, master.spec)
     terms = binding.bind(objectives, student, master.spec, seed=args.seed)
+    if isinstance(master, DeepToShallow):
+        binding.check_depth(terms)
     binding.check_optimizers(terms, kwargs.get("optimizers", (None, None)))
     if kwargs.get("eval_dataset") is not None or binding.reads_logits(terms):
         refuse_adapted_head(model, master.config, adapter)
@@ -161,7 +168,12 @@ def prepare_run(
     filled = dict(kwargs)
     found = settle_tokenizers(model, master, student, filled.get("processing_class"))
     check_alignment(found, objectives, terms, causal=shift)
-    settle_best_metric(args, filled.get("eval_dataset"), compared=found.theirs is None)
+    settle_best_metric(
+        args,
+        filled.get("eval_dataset"),
+        compared=_compares(found, master),
+        itself=isinstance(master, Itself),
+    )
     filled["processing_class"] = tokenizer = found.ours
     positions = found.positions(student, master.spec)
     seen: dict[str, Prepared] = {}
@@ -191,6 +203,11 @@ def prepare_run(
     )
     _check_training_data(run, args)
     return run
+
+
+def _compares(found: Tokenizers, teacher: Teacher) -> bool:
+    """Whether there are logits of two models, of the same tokens."""
+    return found.theirs is None and not isinstance(teacher, DeepToShallow)
 
 
 def _told(

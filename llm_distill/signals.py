@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +15,7 @@ from llm_distill.losses.projection import Finish, Projection
 from llm_distill.losses.softmax import wide
 from llm_distill.losses.sparse import Counts, TopK
 from llm_distill.provenance import Provenance
+from llm_distill.shapes import attends_by, head_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -33,6 +34,8 @@ class Request:
         heads: Blocks 1..depth whose attention is wanted.
         relations: Those whose queries, keys and values are wanted whole; they are in `heads` too.
         members: What is wanted of single members of several teachers, ascending by their numbers.
+        exits: Layers of a student whose states are wanted as next-token distributions, through its
+            own final norm and head.
 
     >>> (Request(hidden=frozenset({2})) | Request(logits=True)).hidden
     frozenset({2})
@@ -43,6 +46,7 @@ class Request:
     heads: frozenset[int] = frozenset()
     relations: frozenset[int] = frozenset()
     members: tuple[tuple[int, Request], ...] = ()
+    exits: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         """Whoever looks for blocks whose attention is read looks at `heads`."""
@@ -59,6 +63,7 @@ class Request:
                 (k, self.member(k) | other.member(k))
                 for k in sorted({k for k, _ in (*self.members, *other.members)})
             ),
+            self.exits | other.exits,
         )
 
     def member(self, number: int) -> Request:
@@ -122,7 +127,7 @@ class ModelSpec:
         text = config.get_text_config(decoder=True)
         positions = getattr(text, "max_position_embeddings", None)
         cut = Provenance.read(config)
-        heads, kv_heads, head_dim, value_dim = _head_shapes(text)
+        heads, kv_heads, head_dim, value_dim = head_shapes(text)
         return cls(
             name=name,
             kind=str(text.model_type),
@@ -131,7 +136,7 @@ class ModelSpec:
             heads=heads,
             vocabulary=int(text.vocab_size),
             positions=int(positions) if positions else None,
-            attends=_attends(config),
+            attends=attends_by(config),
             kv_heads=kv_heads,
             head_dim=head_dim,
             value_dim=value_dim,
@@ -225,6 +230,7 @@ class Signals:
     Attributes:
         source: Who speaks, for messages.
         members: What each of several teachers said, where it was asked for layers.
+        exits: Next-token distributions of layers below the last.
     """
 
     source: str
@@ -232,6 +238,7 @@ class Signals:
     states: Mapping[int, Tensor] = field(default_factory=dict)
     attention: Mapping[int, Heads] = field(default_factory=dict)
     members: tuple[Signals, ...] = ()
+    exits: Mapping[int, Whole] = field(default_factory=dict)
 
     def member(self, number: int | None) -> Signals:
         """What one of several teachers said; everything for None."""
@@ -274,26 +281,3 @@ class Signals:
                 f"{sorted(self.attention)}"
             )
         return self.attention[layer]
-
-
-def _head_shapes(text: Any) -> tuple[int, int, int, int]:  # noqa: ANN401  configs differ
-    """Query heads, heads of keys and values, and features of one head of either."""
-    heads = int(getattr(text, "num_attention_heads", None) or 0)
-    if not heads:
-        return 0, 0, 0, 0
-    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-    width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    # Latent attention (DeepSeek) has other widths for queries and keys than for values.
-    query = int(getattr(text, "qk_head_dim", None) or width)
-    return heads, kv_heads, query, int(getattr(text, "v_head_dim", None) or width)
-
-
-def _attends(config: PreTrainedConfig) -> bool:
-    """Whether the class behind a config calls its attention through transformers' interface."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-
-    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING):
-        if type(config) in mapping:
-            kind: Any = mapping[type(config)]
-            return bool(kind._can_set_attn_implementation())
-    return True

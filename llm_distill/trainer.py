@@ -123,7 +123,7 @@ class DistillTrainer(StepTrainer):
         self.label_names = ["labels"]
         self._keep_fp32_where_it_counts()
         self._plan = binding.query_plan(run.terms)
-        self._compares = binding.teacher_request(run.terms).logits
+        self._compares = binding.teacher_request(run.terms).logits and run.compares
         decode = getattr(self.processing_class, "decode", None)
         ranks = Ranks(args.device, self._over_ranks, self.accelerator.gather, decode)
         self._weighing = Weighing(run.objectives, run.terms, distiller.balance, args.device)

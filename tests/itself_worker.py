@@ -4,6 +4,7 @@ Usage: python -m tests.itself_worker ENGINE FOLDER   (ENGINE: one, ddp, fsdp2, f
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,23 @@ from tests.launch import finish
 
 DECAY = 0.6
 TEACHERS = ("born_again", "ema", "adapter_off", "adapted_ema")
+DEEP = "deep"
+"""The student's own layers; of these KL and agreement say nothing, and step 0 is no special one."""
 ADAPTED = ("adapter_off", "adapted_ema")
 
 
 def spec(kind: str) -> Any:
     """The teacher."""
-    from llm_distill import AdapterOff, BornAgain, Ema
+    from llm_distill import AdapterOff, BornAgain, DeepToShallow, Ema
 
-    made = {"born_again": BornAgain(), "adapter_off": AdapterOff()}
+    made = {"born_again": BornAgain(), "adapter_off": AdapterOff(), "deep": DeepToShallow()}
     return made.get(kind) or Ema(decay=DECAY)
 
 
 def build(kind: str, folder: Path, batch: int, accumulation: int, **changes: Any) -> Any:
     """A trainer on logits, labels and a hidden layer of its own teacher."""
     from llm_distill import CrossEntropy, DistillTrainer, HiddenStates, Logits
-    from llm_distill.layers import last
+    from llm_distill.layers import explicit, last
 
     args = tiny.arguments(
         folder,
@@ -45,6 +48,14 @@ def build(kind: str, folder: Path, batch: int, accumulation: int, **changes: Any
         Logits(temperature=2.0, weight=0.5),
         HiddenStates(layers=last, weight=0.2, gate=False),
     ]
+    if kind == DEEP:
+        deeper = partial(explicit, pairs=[[1, 2]])
+        objectives = [
+            CrossEntropy(weight=1.0),
+            Logits(temperature=2.0, weight=0.5, exit=1),
+            HiddenStates(layers=deeper, weight=0.2),
+            CrossEntropy(weight=0.1, exit=1),
+        ]
     adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if kind in ADAPTED else None
     return DistillTrainer(
         tiny.llama("student"),
@@ -59,7 +70,7 @@ def build(kind: str, folder: Path, batch: int, accumulation: int, **changes: Any
 
 def facts(trainer: Any) -> dict[str, Any]:
     """Weights of student and teacher, and the figures of the log."""
-    logs = [log for log in trainer.state.log_history if "kl" in log]
+    logs = [log for log in trainer.state.log_history if "loss/Logits" in log]
     kept = [{k: log[k] for k in log if k.startswith(("loss", "kl"))} for log in logs]
     return {"weights": whole(trainer), "logs": kept}
 
@@ -72,7 +83,7 @@ def main(engine: str, folder: Path) -> None:
         fsdp2_on_cpu(FSDP_STATE_DICT_TYPE=f"{kind}_STATE_DICT")
     ranks = 1 if engine == "one" else 2
     found: dict[str, Any] = {}
-    for kind in TEACHERS:
+    for kind in (*TEACHERS, DEEP):
         for batch in (8 // ranks, 1):
             trainer = build(kind, folder / engine, batch, 8 // ranks // batch)
             trainer.train()

@@ -19,8 +19,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from llm_distill.capture import Reader, head_of, plain, predicts_next, refuse_layers
+from llm_distill.capture import Reader, plain, predicts_next, refuse_layers
 from llm_distill.collation import RowCollator
+from llm_distill.language_head import head_of
 from llm_distill.losses.divergences import forward_kl
 from llm_distill.losses.fused import head_pass
 from llm_distill.losses.rowwise import Nll, Tempered

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.itself_worker import ADAPTED, TEACHERS
+from tests.itself_worker import ADAPTED, DEEP, TEACHERS
 from tests.launch import launch
 from tests.test_exactness import BOUND, deviation
 
@@ -33,18 +33,18 @@ def results(folder: Path) -> dict[str, Any]:
     return {engine: torch.load(folder / f"{engine}.pt", weights_only=True) for engine in ENGINES}
 
 
-@pytest.mark.parametrize("kind", TEACHERS)
+@pytest.mark.parametrize("kind", [*TEACHERS, DEEP])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_splittings_agree(results: dict[str, Any], engine: str, kind: str) -> None:
     """Student and teacher, whose weights are among those compared."""
     reference = results["one"][f"{kind} 8"]
     own = [name for name in reference["weights"] if name.startswith("within.")]
-    assert bool(own) == (kind != "adapter_off")
+    assert bool(own) == (kind not in ("adapter_off", DEEP))
     for batch in (8, 1 if engine == "one" else 2):
         found = results[engine][f"{kind} {batch}"]
         assert deviation(reference["weights"], found["weights"]) <= BOUND
-        kl, expected = ([log["kl"] for log in each["logs"]] for each in (found, reference))
-        assert kl == pytest.approx(expected, abs=1e-7)
+        for ours, expected in zip(found["logs"], reference["logs"], strict=True):
+            assert ours == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", TEACHERS)
@@ -94,6 +94,14 @@ def test_it_is_sharded_as_the_student(results: dict[str, Any], engine: str, kind
     assert results[engine][f"{kind} sharded"]
     assert results[engine]["wrapped"] == "FSDPDistiller"
     assert results["ddp"]["wrapped"] == "DistributedDataParallel"
+
+
+def test_exits_learn_and_say_what_they_are(results: dict[str, Any]) -> None:
+    """The KL of an exit, its own cross-entropy, and no KL of the student to itself."""
+    logs = results["one"][f"{DEEP} 8"]["logs"]
+    names = {"loss", *(f"loss/{n}" for n in ("CrossEntropy", "CrossEntropy.2", "Logits"))}
+    assert set(logs[0]) == {*names, "loss/HiddenStates"}
+    assert all(log["loss/Logits"] > 0 for log in logs)
 
 
 def test_training_moved_student_and_mean(results: dict[str, Any]) -> None:

@@ -188,7 +188,12 @@ class HeadTerm(Term):
         row: (student logits `[n, V]`, teacher logits `[n, V']`, labels `[n]`) -> `[n]`: any
             function, or one that the pass has a closed form of (`losses.rowwise`).
         needs_teacher: Whether the teacher's logits are read at all.
+
+    Attributes:
+        exit: The student's layer that it looks at; None: the last.
     """
+
+    exit: int | None = None
 
     def __init__(self, row: RowTerm, *, needs_teacher: bool = True) -> None:
         super().__init__(Request(logits=True), Request(logits=needs_teacher))

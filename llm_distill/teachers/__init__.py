@@ -2,7 +2,7 @@
 
 from llm_distill.teachers.base import Source, Teacher
 from llm_distill.teachers.ensemble import Ensemble
-from llm_distill.teachers.itself import AdapterOff, BornAgain, Ema, Itself
+from llm_distill.teachers.itself import AdapterOff, BornAgain, DeepToShallow, Ema, Itself
 from llm_distill.teachers.local import Local
 from llm_distill.teachers.members import leaves
 from llm_distill.teachers.routed import Routed, columns_of, routers
@@ -11,6 +11,7 @@ from llm_distill.teachers.within import Within
 __all__ = [
     "AdapterOff",
     "BornAgain",
+    "DeepToShallow",
     "Ema",
     "Ensemble",
     "Itself",

@@ -12,7 +12,7 @@ from peft import PeftModel
 
 from llm_distill.errors import InputError
 from llm_distill.teachers.local import Local
-from llm_distill.teachers.within import Copy, Shared, Within
+from llm_distill.teachers.within import Copy, Deeper, Shared, Within
 
 if TYPE_CHECKING:
     from typing import Self
@@ -184,3 +184,20 @@ class AdapterOff(Itself):
         del shared
         bare = isinstance(model, PeftModel)
         return Shared(cast("PreTrainedModel", model), request, self.spec.name, bare=bare)
+
+
+@dataclass(frozen=True)
+class DeepToShallow(Itself):
+    """The student's own deeper layers as the teacher of its shallower ones, in one forward.
+
+    `Logits(exit=2)` teaches the exit of layer 2 what the last layer says, and `HiddenStates` with a
+    map to deeper layers, such as `{explicit: {pairs: [[2, 6]]}}`, the state of layer 2 that of
+    layer 6. What teaches has no gradient; `CrossEntropy` trains it as ever.
+
+    Source: Zhang et al. 2019 (Be Your Own Teacher), arXiv 1905.08094.
+    """
+
+    def _made(self, model: nn.Module, request: Request, *, shared: bool) -> Within:
+        """The student."""
+        del shared
+        return Deeper(cast("PreTrainedModel", model), request, self.spec.name, bare=False)

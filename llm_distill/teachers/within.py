@@ -151,6 +151,17 @@ class Shared(Within):
         self._reader.request = request
 
 
+class Deeper(Shared):
+    """What the student's own deeper layers say, of the forward that is trained."""
+
+    def both(self, batch: Batch, read: Read) -> tuple[Signals, Signals]:
+        """What the student says, and the same without gradients."""
+        del batch
+        request = self._reader.request
+        student = read(request)
+        return student, detached(student, request)
+
+
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
     """A model in evaluation mode, and afterwards each of its modules as it was."""

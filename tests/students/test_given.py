@@ -15,8 +15,9 @@ from transformers import (
 )
 
 from llm_distill import FromConfig, Local
-from llm_distill.capture import head_of, plain
+from llm_distill.capture import plain
 from llm_distill.errors import InputError
+from llm_distill.language_head import head_of
 from llm_distill.signals import ModelSpec
 from llm_distill.students import (
     FromTeacher,
