@@ -1,5 +1,6 @@
 """Teachers that are made of the student: copies, a moving mean, and no adapters."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from llm_distill import (
     AttentionMaps,
     BornAgain,
     CrossEntropy,
+    DeepToShallow,
     DistillTrainer,
     Ema,
     Ensemble,
@@ -23,7 +25,8 @@ from llm_distill import (
     Logits,
 )
 from llm_distill.errors import InputError
-from llm_distill.layers import auto, last
+from llm_distill.layers import auto, explicit, last
+from llm_distill.projectors import linear
 from llm_distill.signals import Request
 from llm_distill.teachers.within import Shared
 from tests import on_disk, tiny
@@ -248,3 +251,85 @@ class TestBadInput:
     def test_hints_that_are_refused_before_weights_load(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="member 0 of the teacher Ema"):
             trainer(tmp_path, Ema(), [HiddenStates(member=0, layers=last)])
+
+
+class TestDeepToShallow:
+    def objectives(self) -> list[Any]:
+        deeper = partial(explicit, pairs=[[1, 2]])
+        return [CrossEntropy(), Logits(exit=1), HiddenStates(layers=deeper, weight=0.5)]
+
+    def test_the_deeper_layer_teaches_and_does_not_learn(self, tmp_path: Path) -> None:
+        """Without cross-entropy nothing but what the exit needs has a gradient."""
+        made = trainer(tmp_path, DeepToShallow(), [Logits(exit=1)], max_steps=1)
+        start = {k: v.clone() for k, v in made.student.state_dict().items()}
+        made.train()
+        moved = {k for k, v in made.student.state_dict().items() if not torch.equal(v, start[k])}
+        assert any("layers.0" in name for name in moved)
+        assert not any("layers.1" in name for name in moved)
+        assert {"lm_head.weight", "model.norm.weight"} <= moved
+
+    def test_the_exit_learns_what_the_end_says(self, tmp_path: Path) -> None:
+        given = {"max_steps": 60, "learning_rate": 0.5, "num_train_epochs": 20}
+        made = trainer(tmp_path, DeepToShallow(), self.objectives(), **given)
+        made.train()
+        logs = [log["loss/Logits"] for log in made.state.log_history if "loss/Logits" in log]
+        assert sum(logs[-4:]) < 0.7 * sum(logs[:4])
+        assert list(made.distiller.within.parameters()) == []  # type: ignore[union-attr]
+
+    def test_nothing_compares_the_student_with_itself(self, tmp_path: Path) -> None:
+        made = DistillTrainer(
+            tiny.llama("student"),
+            DeepToShallow(),
+            self.objectives(),
+            tiny.arguments(tmp_path),
+            train_dataset=tiny.rows(),
+            eval_dataset=tiny.rows(5),
+        )
+        made.train()
+        assert not any("kl" in log or "agreement" in log for log in made.state.log_history)
+        metrics = made.evaluate()
+        assert "eval_perplexity" in metrics
+        assert "eval_kl" not in metrics
+
+    def test_with_calibration_and_adapters(self, tmp_path: Path) -> None:
+        deeper = partial(explicit, pairs=[[1, 2]])
+        hint = HiddenStates(layers=deeper, projector=linear, init="least_squares", rows="valid")
+        made = trainer(
+            tmp_path, DeepToShallow(), [CrossEntropy(), hint, Logits(exit=1)], peft_config=LORA
+        )
+        assert any("least squares on" in note for note in made.run.terms["HiddenStates"].notes)
+        made.train()
+        assert all(p.isfinite().all() for p in made.distiller.parameters())
+
+    @pytest.mark.parametrize(
+        ("objective", "message"),
+        [
+            (Logits(), "Logits: the last layer would learn from itself; with DeepToShallow write"),
+            (HiddenStates(layers=last), "layer 2 of the student would learn from its own layer 2"),
+            (HiddenStates(), r"layer 1 of the student would learn .*pairs: \[\[1, 2\]\]"),
+        ],
+    )
+    def test_a_layer_that_would_learn_from_itself(
+        self, tmp_path: Path, objective: Any, message: str
+    ) -> None:
+        with pytest.raises(InputError, match=message):
+            trainer(tmp_path, DeepToShallow(), [CrossEntropy(), objective])
+
+    def test_a_metric_that_there_is_not(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="nothing compares the tokens of two models: there is"):
+            DistillTrainer(
+                tiny.llama("student"),
+                DeepToShallow(),
+                self.objectives(),
+                tiny.arguments(tmp_path, metric_for_best_model="eval_kl"),
+                train_dataset=tiny.rows(),
+                eval_dataset=tiny.rows(5),
+            )
+
+
+def test_the_best_student_is_not_the_one_nearest_to_itself(tmp_path: Path) -> None:
+    given = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best"}
+    args = tiny.arguments(tmp_path, **given)
+    data = {"train_dataset": tiny.rows(), "eval_dataset": tiny.rows(5)}
+    DistillTrainer(tiny.llama("student"), BornAgain(), [CrossEntropy(), Logits()], args, **data)
+    assert args.metric_for_best_model == "eval_loss"
