@@ -21,9 +21,12 @@ from llm_distill.objectives import (
 from llm_distill.queries import sample_queries
 from llm_distill.rows import Batch, Draw
 from llm_distill.signals import ModelSpec, Request
+from llm_distill.teachers import DeepToShallow, Itself
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from llm_distill.teachers import Teacher
 
 
 def bind(
@@ -81,7 +84,26 @@ def ready(
     return mapping.fading(mapping.known(objectives, student, teacher), student)
 
 
-def check_depth(terms: Mapping[str, Term]) -> None:
+def check_itself(
+    teacher: Teacher, objectives: Sequence[Objective], terms: Mapping[str, Term]
+) -> None:
+    """Refuse what a teacher that is the student itself has no use for; others pass.
+
+    Raises:
+        InputError: For a race of maps, or a layer that would learn from itself.
+    """
+    if not isinstance(teacher, Itself):
+        return
+    if "race" in mapping.undecided(objectives):
+        raise InputError(
+            f"auto_race trains copies of the student, and {teacher.spec.name} is made of one "
+            "student; write layers: uniform, or another strategy"
+        )
+    if isinstance(teacher, DeepToShallow):
+        _check_depth(terms)
+
+
+def _check_depth(terms: Mapping[str, Term]) -> None:
     """Refuse what a layer of the student would learn from itself, or from a layer below it.
 
     Raises:

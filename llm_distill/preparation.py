@@ -155,8 +155,7 @@ def prepare_run(
     student = student_spec(model, master.config)
     given, objectives = objectives, binding.ready(objectives, student, master.spec)
     terms = binding.bind(objectives, student, master.spec, seed=args.seed)
-    if isinstance(master, DeepToShallow):
-        binding.check_depth(terms)
+    binding.check_itself(master, objectives, terms)
     binding.check_optimizers(terms, kwargs.get("optimizers", (None, None)))
     if kwargs.get("eval_dataset") is not None or binding.reads_logits(terms):
         refuse_adapted_head(model, master.config, adapter)
@@ -174,21 +173,8 @@ def prepare_run(
         compared=_compares(found, master),
         itself=isinstance(master, Itself),
     )
-    filled["processing_class"] = tokenizer = found.ours
-    positions = found.positions(student, master.spec)
-    seen: dict[str, Prepared] = {}
-    collator = filled.get("data_collator")
-    for name in ("train_dataset", "eval_dataset"):
-        dataset, own = filled.get(name), collator is not None
-        check_routes(master, dataset, name)
-        keep = columns_of(master)
-        filled[name] = tokenised(
-            dataset, tokenizer, positions, seen, name, keep_tokens=own, keep=keep
-        )
-    if collator is None:
-        filled["data_collator"] = (
-            Collator.of(tokenizer) if tokenizer is not None else Collator(pad_token_id=0)
-        )
+    filled["processing_class"] = found.ours
+    seen = _fill_data(filled, master, found.positions(student, master.spec))
     run = Run(
         model,
         student,
@@ -203,6 +189,30 @@ def prepare_run(
     )
     _check_training_data(run, args)
     return run
+
+
+def _fill_data(
+    filled: dict[str, Any], master: Teacher, positions: int | None
+) -> dict[str, Prepared]:
+    """Datasets as tokens and a collator, in the place of what was given; what became of the rows.
+
+    Raises:
+        InputError: For data of no use, or that do not say which teacher is theirs.
+    """
+    seen: dict[str, Prepared] = {}
+    tokenizer, collator = filled["processing_class"], filled.get("data_collator")
+    for name in ("train_dataset", "eval_dataset"):
+        dataset, own = filled.get(name), collator is not None
+        check_routes(master, dataset, name)
+        keep = columns_of(master)
+        filled[name] = tokenised(
+            dataset, tokenizer, positions, seen, name, keep_tokens=own, keep=keep
+        )
+    if collator is None:
+        filled["data_collator"] = (
+            Collator.of(tokenizer) if tokenizer is not None else Collator(pad_token_id=0)
+        )
+    return seen
 
 
 def _compares(found: Tokenizers, teacher: Teacher) -> bool:

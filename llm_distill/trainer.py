@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from llm_distill.balance import BalanceRule
     from llm_distill.preparation import Run
-    from llm_distill.teachers import Teacher
+    from llm_distill.teachers import Source, Teacher
 
 DEFAULT_OBJECTIVES = (CrossEntropy(weight=0.1), Logits())
 
@@ -93,10 +93,7 @@ class DistillTrainer(StepTrainer):
             student = cast(
                 "nn.Module", get_peft_model(cast("PreTrainedModel", student), peft_config)
             )
-        master = run.teacher
-        if isinstance(master, Itself):
-            master = master.of(Local(cast("PreTrainedModel", student)))
-        self._source = master.open(run.opening_request, args.device)
+        self._source = _opened(run, student, args.device)
         make = partial(DistillTrainer, rows_per_chunk=chunk, balance=balance)
         asked, run = run, calibrate(run, student, self._source, args, make)
         self.run = run
@@ -274,3 +271,11 @@ class DistillTrainer(StepTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns that the collator reads, not those of the wrapper's signature."""
         self._signature_columns: Any = [*COLUMNS, *self.run.columns]
+
+
+def _opened(run: Run, student: nn.Module, device: torch.device) -> Source:
+    """The teacher at work; one that is the student itself is made of what was loaded."""
+    teacher = run.teacher
+    if isinstance(teacher, Itself):
+        teacher = teacher.of(Local(cast("PreTrainedModel", student)))
+    return teacher.open(run.opening_request, device)

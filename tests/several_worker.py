@@ -33,13 +33,13 @@ def spec(kind: str) -> tuple[Any, list[Any]]:
     from llm_distill.layers import last, uniform
 
     objectives: list[Any] = [CrossEntropy(weight=0.5), Logits(temperature=2.0)]
-    one, two = tiny.llama("teacher"), tiny.gpt2()
+    one = tiny.llama("teacher")
     if kind == "ensemble":
         hints = [
             HiddenStates(member=0, layers=uniform, init="least_squares", rows="valid", weight=0.2),
             HiddenStates(member=1, layers=last, weight=0.1),
         ]
-        return Ensemble([one, two], [2, 1], confidence="label"), [*objectives, *hints]
+        return Ensemble([one, tiny.gpt2()], [2, 1], confidence="label"), [*objectives, *hints]
     two = tiny.sharpened(type(one), one.config, seed=5)
     hint = HiddenStates(layers=last, weight=0.2)
     return Routed(dict(zip(DOMAINS, (one, two), strict=True)), by="domain"), [*objectives, hint]

@@ -19,7 +19,6 @@ from llm_distill.race.candidates import settings_of
 from llm_distill.recipe import Recipe
 from llm_distill.signals import ModelSpec
 from llm_distill.students import refuse_adapted_head, student_spec, teacher_for
-from llm_distill.teachers import DeepToShallow
 from llm_distill.vocabulary import Tokenizers, check_alignment, settle_tokenizers
 
 
@@ -70,8 +69,7 @@ def plan(recipe: Recipe, args: TrainingArguments) -> Plan:
     teacher = master.spec
     objectives = binding.ready(recipe.objectives, student, teacher)
     terms = binding.bind(objectives, student, teacher, seed=args.seed)
-    if isinstance(master, DeepToShallow):
-        binding.check_depth(terms)
+    binding.check_itself(master, objectives, terms)
     settings_of(objectives)  # those of a race are refused
     check_batches(terms, args)
     balance = settle(recipe.balance, terms, student.depth)

@@ -25,7 +25,7 @@ from llm_distill import (
     Logits,
 )
 from llm_distill.errors import InputError
-from llm_distill.layers import auto, explicit, last
+from llm_distill.layers import auto, auto_race, explicit, last
 from llm_distill.projectors import linear
 from llm_distill.signals import Request
 from llm_distill.teachers.within import Shared
@@ -325,6 +325,11 @@ class TestDeepToShallow:
                 train_dataset=tiny.rows(),
                 eval_dataset=tiny.rows(5),
             )
+
+
+def test_a_race_of_maps_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="auto_race trains copies of the student, and BornAgain"):
+        trainer(tmp_path, BornAgain(), [Logits(), HiddenStates(layers=auto_race)])
 
 
 def test_the_best_student_is_not_the_one_nearest_to_itself(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def routed(*, turns: bool = False) -> Routed:
 
 def data(names: Any = None) -> datasets.Dataset:
     chosen = names or [NAMES[k % 5] for k in range(32)]
-    return tiny.rows(len(chosen)).add_column("kind", chosen)  # type: ignore[call-arg]
+    return tiny.rows(len(chosen)).add_column("kind", chosen)
 
 
 class TestSpec:
