@@ -11,7 +11,7 @@ from torch import Tensor
 from llm_distill.losses.divergences import forward_kl
 from llm_distill.losses.rowwise import Alone, Nll, RowTerm, Tempered
 from llm_distill.losses.softmax import log_softmax
-from llm_distill.losses.sparse import Counts, TopK
+from llm_distill.losses.sparse import Sparse
 from llm_distill.signals import Dense, Distribution, Factored, Whole
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def measures(teacher: Distribution | None, vocabulary: int) -> Sequence[RowTerm]
     absent = Alone(unknown)
     if teacher is None:
         return [Nll(), absent, absent, absent, Alone(entropy)]
-    if isinstance(teacher, TopK | Counts):
+    if isinstance(teacher, Sparse):
         return [Nll(), absent, Tempered(forward_kl), absent, Alone(entropy)]
     common = min(vocabulary, _tokens(teacher))
     agreement = partial(_agreement, common=common)

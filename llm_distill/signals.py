@@ -13,7 +13,7 @@ from llm_distill.attention import Heads
 from llm_distill.losses.blending import Combined
 from llm_distill.losses.projection import Finish, Projection
 from llm_distill.losses.softmax import wide
-from llm_distill.losses.sparse import Counts, TopK
+from llm_distill.losses.sparse import Sparse
 from llm_distill.provenance import Provenance
 from llm_distill.shapes import attends_by, head_shapes
 
@@ -219,7 +219,7 @@ class Dense:
 Whole = Factored | Dense
 """Logits of the whole vocabulary: as hidden states and head, or ready made."""
 
-Distribution = Whole | Combined | TopK | Counts
+Distribution = Whole | Combined | Sparse
 """Whole, of one teacher or of several, or a few tokens of each row."""
 
 

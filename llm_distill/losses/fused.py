@@ -22,14 +22,14 @@ from llm_distill.losses.pairs import Scratch
 from llm_distill.losses.planning import headroom, plan
 from llm_distill.losses.projection import Finish, Projection
 from llm_distill.losses.scoring import Job, Side, Target, faulty, score
-from llm_distill.losses.sparse import Counts, TopK
+from llm_distill.losses.sparse import Sparse, each
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from llm_distill.losses.rowwise import RowTerm
 
-Teacher = Projection | Tensor | Combined | TopK | Counts
+Teacher = Projection | Tensor | Combined | Sparse
 """Whole logits as a projection, `[N, V']` or of several teachers, or a sparse target."""
 
 HALF = 2
@@ -104,8 +104,10 @@ def _check(
         )
     if shares.shape != (len(terms),):
         raise ValueError(f"{len(terms)} terms with shares {list(shares.shape)}; write one for each")
-    if isinstance(teacher, TopK | Counts) and teacher.ids.device.type == "cpu" and rows:
-        highest = int(teacher.ids.max())  # on a GPU, to ask would be to wait for it
+    for part in each(teacher) if isinstance(teacher, Sparse) and rows else ():
+        if part.ids.device.type != "cpu":  # on a GPU, to ask would be to wait for it
+            continue
+        highest = int(part.ids.max())
         if highest >= student.vocabulary:
             raise ValueError(
                 f"the teacher tells of token {highest}, and the student has {student.vocabulary}; "
@@ -202,7 +204,7 @@ class _Work:
             return self.teacher.product(rows, out)
         if isinstance(self.teacher, Blend | Switch):
             return self.teacher.chunk(rows)
-        if isinstance(self.teacher, TopK | Counts):
+        if isinstance(self.teacher, Sparse):
             return self.teacher.rows(rows)
         return self.teacher[rows] if isinstance(self.teacher, Tensor) else None
 

@@ -22,7 +22,7 @@ from llm_distill.losses.pairs import Pair, Scratch, Total, log_total
 from llm_distill.losses.planning import Group, Member, Plan
 from llm_distill.losses.projection import Finish
 from llm_distill.losses.rowwise import Tempered
-from llm_distill.losses.sparse import Counts, TopK
+from llm_distill.losses.sparse import Counts, Several, Sparse, TopK
 
 if TYPE_CHECKING:
     from llm_distill.losses.rowwise import RowTerm
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 INFINITE = 1e8
 """Nats per row from which a value counts as infinite: a logit of -inf stands for -1e30."""
 
-Target = Tensor | Combined | TopK | Counts | None
+Target = Tensor | Combined | Sparse | None
 """What the teacher says of a chunk: its product `[n, V']`, those of several, a sparse target, or
 nothing."""
 
@@ -84,7 +84,7 @@ class Job:
         return looks == 1 and self.student.finish.softcap is None
 
 
-_SLICED = (Blend, Switch, TopK, Counts)
+_SLICED = (Blend, Switch, TopK, Counts, Several)
 """Targets that hand out rows themselves."""
 
 
@@ -204,12 +204,26 @@ class _Block:
 
     def _coarse(self, place: int, term: Tempered) -> tuple[Tensor, Tensor | None]:
         """A divergence on a sparse target."""
+        if not isinstance(self.target, Several):
+            return self._coarse_one(place, term, self.target)
+        total, slope = torch.zeros_like(self.values[place]), None
+        for part, weight in zip(self.target.parts, self.target.weights, strict=True):
+            values, own = self._coarse_one(place, term, part)
+            total += weight * values
+            if own is not None:  # in a work buffer
+                slope = own * weight if slope is None else slope.add_(own, alpha=weight)
+        return total, slope
+
+    def _coarse_one(
+        self, place: int, term: Tempered, target: Target
+    ) -> tuple[Tensor, Tensor | None]:
+        """A divergence on the sparse target of one teacher."""
         student = cut(self.s, min(term.width or self.s.shape[1], self.s.shape[1]))
-        if isinstance(self.target, Counts):
-            return sampled_score(term, student, self.target, self.job.scratch)
-        if not isinstance(self.target, TopK):
-            raise TypeError(f"{self.target} is no sparse target")
-        given = (student, self.target, self.labels, self.job.scratch)
+        if isinstance(target, Counts):
+            return sampled_score(term, student, target, self.job.scratch)
+        if not isinstance(target, TopK):
+            raise TypeError(f"{target} is no sparse target")
+        given = (student, target, self.labels, self.job.scratch)
         form = self.job.forms.get(place)
         return coarse_score(term, *given, wanted=self._trained(place), form=form)
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from llm_distill.errors import InputError
 from llm_distill.losses.blending import Blend, Confidence, Mode
+from llm_distill.losses.sparse import Several, Sparse
 from llm_distill.signals import ModelSpec, Request, Signals
 from llm_distill.teachers.base import Source, Teacher
 from llm_distill.teachers.members import Composite, as_teachers, common_spec, opened, part_of
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from llm_distill.rows import Batch
+    from llm_distill.signals import Distribution
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,9 @@ class Ensemble(Composite):
             `label`, by its loss on the label next to the others'; `entropy`, by exp(-entropy).
         turns: Keep members in the memory of the CPU, each on the device only while it is asked.
 
-    Where vocabularies are padded to different sizes, all are cut to the common tokens.
+    Where vocabularies are padded to different sizes, all are cut to the common tokens. Members that
+    tell a few tokens of each row (all of them, or none) have no mixture: the loss is the weighted
+    sum of the losses to each, which under forward KL has the gradient of one.
 
     Raises:
         InputError: For less than two members, weights that do not fit them, or unknown words.
@@ -131,11 +135,19 @@ class EnsembleSource:
         for k, source in enumerate(self.sources):
             silent = _share_of(self._request, k) == Request()
             heard.append(Signals(f"member {k} of {self._name}") if silent else source(batch))
-        blend = None
+        blend: Distribution | None = None
         if self._request.logits:
-            parts = tuple(part_of(said, self._name) for said in heard)
-            blend = Blend(parts, self._spec.shares, self._spec.mode, self._spec.confidence)
+            blend = self._blend(heard)
         return Signals(self._name, blend, members=tuple(heard))
+
+    def _blend(self, heard: Sequence[Signals]) -> Distribution:
+        """One distribution of all members."""
+        spec = self._spec
+        few = [said.logits for said in heard if isinstance(said.logits, Sparse)]
+        if len(few) == len(heard) and spec.mode == "mixture" and spec.confidence is None:
+            return Several.of(few, spec.shares)
+        parts = tuple(part_of(said, self._name) for said in heard)
+        return Blend(parts, spec.shares, spec.mode, spec.confidence)
 
     def ask(self, request: Request) -> None:
         """From now on give these signals only, of those it was opened for."""

@@ -93,7 +93,8 @@ def part_of(said: Signals, owner: str) -> Part:
         return found
     raise ValueError(
         f"{owner} combines whole distributions, and its member {said.source} gives "
-        f"{type(found).__name__} targets, a few tokens of each row; take members that give all"
+        f"{type(found).__name__} targets, a few tokens of each row; take members that give all, or "
+        "in an Ensemble only such that do not (mode: mixture, no confidence)"
     )
 
 

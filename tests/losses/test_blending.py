@@ -13,6 +13,7 @@ from llm_distill.losses.blending import Blend, Confidence, Mode, Part, Switch, c
 from llm_distill.losses.fused import Teacher, head_pass
 from llm_distill.losses.projection import Finish, Projection
 from llm_distill.losses.rowwise import Nll, RowTerm, Tempered
+from llm_distill.losses.sparse import Counts, Several, TopK, each
 
 N, V = 13, 11
 WEIGHTS = (0.5, 0.2, 0.3)
@@ -281,3 +282,49 @@ def test_no_rows() -> None:
         loss, _ = head_pass(own, teacher, none, [Tempered(width=V)], torch.ones(1))
         loss.backward()
         assert float(loss.detach()) == 0.0
+
+
+class TestSparse:
+    """Teachers that tell a few tokens of each row, each its own."""
+
+    def targets(self) -> list[TopK | Counts]:
+        whole = [dense(part) for part in parts()]
+        drawn = Counts.sample(whole[2], 7, generator=torch.Generator().manual_seed(0))
+        return [TopK.of(whole[0], 3), TopK.of(whole[1], 5), drawn]
+
+    @pytest.mark.parametrize("chunk", [4, 64])
+    def test_it_is_the_weighted_sum_of_the_members(self, chunk: int) -> None:
+        terms: list[RowTerm] = [Tempered(width=V), Nll()]
+        given = Several.of(self.targets(), WEIGHTS)
+        values, *grads = gradients(student(), given, terms, [2.0, 0.0], chunk)
+        apart = [gradients(student(), each, terms, [2.0, 0.0], chunk) for each in self.targets()]
+        for place, found in enumerate((values[0], *grads)):
+            own = [each[place][0] if place == 0 else each[place] for each in apart]
+            expected = sum(w * each for w, each in zip(WEIGHTS, own, strict=True))
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+    def test_everything_that_is_kept_is_the_mixture(self) -> None:
+        """With all tokens kept but one the gradient is that of the blend."""
+        row: list[RowTerm] = [Tempered(width=V, temperature=2.0)]
+        kept = [TopK.of(dense(part), V - 1) for part in parts()]
+        few = gradients(student(), Several.of(kept, WEIGHTS), row, [1.0], 64)
+        whole = gradients(student(), Blend(parts(), WEIGHTS), row, [1.0], 64)
+        torch.testing.assert_close(few[1:], whole[1:], rtol=1e-10, atol=1e-12)
+
+    def test_they_nest(self) -> None:
+        a, b, c = self.targets()
+        nested = Several.of([Several.of([a, b], (0.5, 0.5)), c], (0.4, 0.6))
+        assert nested.parts == (a, b, c)
+        assert nested.weights == (0.2, 0.2, 0.6)
+        assert each(nested) == nested.parts
+        assert len(nested.rows(slice(2, 5))) == 3
+
+    def test_tokens_that_the_student_lacks_are_found_in_any_of_them(self) -> None:
+        given = Several.of(self.targets(), WEIGHTS)
+        with pytest.raises(ValueError, match="and the student has 6"):
+            gradients(student(width=6), given, [Tempered(width=6)], [1.0], 64)
+
+    def test_drawn_tokens_serve_forward_kl_alone(self) -> None:
+        given = Several.of(self.targets(), WEIGHTS)
+        with pytest.raises(ValueError, match="unbiased for forward_kl at temperature 1"):
+            gradients(student(), given, [Tempered(width=V, temperature=2.0)], [1.0], 64)

@@ -1,5 +1,6 @@
 """`Ensemble`: one distribution of several teachers, and hints of each."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from llm_distill import (
 from llm_distill.errors import InputError
 from llm_distill.layers import auto_race, last, uniform
 from llm_distill.losses.blending import Blend
-from llm_distill.signals import Factored, Request
+from llm_distill.losses.sparse import Several, TopK
+from llm_distill.signals import Factored, Request, Signals
 from tests import on_disk, tiny
 from tests.teachers.test_local import batch
 
@@ -31,6 +33,34 @@ LOGITS = Request(logits=True)
 def others() -> tuple[PreTrainedModel, PreTrainedModel]:
     """Two teachers of different depth, width and kind."""
     return tiny.llama("teacher"), tiny.gpt2()
+
+
+@dataclass(frozen=True)
+class Few(Local):
+    """The teacher's likeliest tokens only."""
+
+    model: Any = None
+    k: int = 3
+
+    def __init__(self, k: int) -> None:
+        object.__setattr__(self, "k", k)
+        super().__init__(tiny.llama("teacher"))
+
+    def open(self, request: Request, device: torch.device) -> Any:
+        source = super().open(request, device)
+
+        class Cut:
+            model = None
+
+            def __call__(self, given: Any) -> Signals:
+                whole = source(given).whole.logits(slice(None))
+                return Signals("few", TopK.of(whole, k))
+
+            def ask(self, request: Request) -> None:
+                source.ask(request)
+
+        k = self.k
+        return Cut()
 
 
 def trained(
@@ -138,6 +168,33 @@ class TestSignals:
             x.chunk(slice(0, len(x))).logits(tiny.VOCABULARY, 2.0, labels) for x in (said, flat)
         )
         torch.testing.assert_close(one, two)
+
+
+class TestSparseMembers:
+    """Members that tell a few tokens of each row, as a cache does."""
+
+    def test_all_of_them(self, tmp_path: Path) -> None:
+        teacher = Ensemble([Few(3), Few(5)], [1, 3])
+        said = teacher.open(LOGITS, CPU)(batch()).logits
+        assert isinstance(said, Several)
+        assert [part.ids.shape[1] for part in said.parts] == [3, 5]
+        data = {"train_dataset": tiny.rows(), "eval_dataset": tiny.rows(5)}
+        args, student = tiny.arguments(tmp_path), tiny.llama("student")
+        trainer = DistillTrainer(student, teacher, [Logits()], args, **data)
+        trainer.train()
+        assert trainer.evaluate()["eval_kl"] > 0
+
+    @pytest.mark.parametrize(
+        "teacher",
+        [
+            lambda: Ensemble([Few(3), Local(tiny.llama("teacher"))]),
+            lambda: Ensemble([Few(3), Few(3)], mode="logit_mean"),
+            lambda: Ensemble([Few(3), Few(3)], confidence="label"),
+        ],
+    )
+    def test_what_needs_whole_distributions(self, teacher: Any) -> None:
+        with pytest.raises(ValueError, match="combines whole distributions, and its member few "):
+            teacher().open(LOGITS, CPU)(batch())
 
 
 class TestTraining:
