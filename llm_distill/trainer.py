@@ -48,7 +48,8 @@ class DistillTrainer(StepTrainer):
     Args:
         model: The student: a loaded model, a Hub id or path (fp32 master weights), or a spec
             (`FromConfig`, `FromTeacher`, `Local`).
-        teacher: A loaded model, a Hub id or path, or a spec (`Local`).
+        teacher: A loaded model, a Hub id or path, or a spec (`Local`, `Ensemble`, `Routed`, or one
+            that is the student itself: `BornAgain`, `Ema`, `AdapterOff`, `DeepToShallow`).
         objectives: What to match; by default cross-entropy (0.1) and forward KL on the logits.
         args: As for Trainer.
         peft_config: Train an adapter on the student instead of all its weights.

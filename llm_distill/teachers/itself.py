@@ -34,7 +34,7 @@ class Itself(ABC):
         student: What it is made of, once that is known (`of`).
     """
 
-    student: Local | None = field(default=None, init=False, repr=False, compare=False)
+    student: Local | None = field(default=None, init=False, compare=False)
 
     def of(self, student: Local) -> Self:
         """The same, of this student."""
@@ -84,14 +84,15 @@ class Itself(ABC):
         del adapted
 
     def open(self, request: Request, device: torch.device) -> Within:
-        """Make it of the student as it is now.
+        """Make it of the student as it is now, and where that is: a wrapper shards it from there.
 
         Raises:
             ValueError: If it cannot give a signal.
         """
+        del device
         loaded = not isinstance(self.model, str)
         model = cast("nn.Module", self._own.load(default_dtype="float32"))
-        return self._made(model, request, shared=loaded).to(device)
+        return self._made(model, request, shared=loaded)
 
     @abstractmethod
     def _made(self, model: nn.Module, request: Request, *, shared: bool) -> Within:

@@ -151,7 +151,9 @@ def opened(member: Teacher, request: Request, device: torch.device, *, turns: bo
     Raises:
         ValueError: If it cannot give a signal, or cannot leave the device.
     """
-    spread = isinstance(member, Local) and member.device_map is not None
+    spread = isinstance(member, Local) and (
+        member.device_map is not None or getattr(member.model, "hf_device_map", None) is not None
+    )
     if turns and spread:
         raise InputError(
             f"turns: {member.spec.name} has a device_map, which keeps its weights where they are; "

@@ -86,6 +86,7 @@ class Copy(Within):
     @torch.no_grad()
     def forward(self, batch: Batch) -> Signals:
         """Signals of one batch."""
+        bring(cast("nn.Module", self.model), batch)
         said = self._reader.read(batch)
         self._reader.release()
         return said
@@ -141,6 +142,7 @@ class Shared(Within):
     def forward(self, batch: Batch) -> Signals:
         """Signals of one batch."""
         (model,) = self._student
+        bring(model, batch)
         bare = without_adapters(cast("PeftModel", model)) if self._bare else nullcontext()
         with at_rest(model), bare:
             return self._reader.read(batch)
@@ -160,6 +162,13 @@ class Deeper(Shared):
         request = self._reader.request
         student = read(request)
         return student, detached(student, request)
+
+
+def bring(model: nn.Module, batch: Batch) -> None:
+    """Move a model to the batch, before a Trainer does (calibration); it stays if it is there."""
+    device, weight = batch.supervised.index.device, next(model.parameters())
+    if weight.device != device:
+        model.to(device)
 
 
 @contextmanager
