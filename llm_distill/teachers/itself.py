@@ -123,7 +123,7 @@ class Ema(Itself):
 
     Formula: after each optimizer step, `mean = decay * mean + (1 - decay) * student`, on the
     weights that are trained; the mean starts as the student. It is saved and resumed with a
-    checkpoint, and never exported.
+    checkpoint, and never exported. A student with adapters is copied whole, its base too.
 
     Attributes:
         decay: Share of the mean that stays, in [0, 1); its memory is about 1 / (1 - decay) steps.
