@@ -40,18 +40,33 @@ if TYPE_CHECKING:
         Taid,
     )
     from llm_distill.students import FromConfig, FromTeacher
-    from llm_distill.teachers import Cached, Local, Remote
+    from llm_distill.teachers import (
+        AdapterOff,
+        BornAgain,
+        Cached,
+        DeepToShallow,
+        Ema,
+        Ensemble,
+        Local,
+        Remote,
+        Routed,
+    )
     from llm_distill.trainer import DistillTrainer
 
 __version__ = "0.1.0"
 
 _WHERE = {
+    "AdapterOff": "teachers",
     "AttentionMaps": "objectives",
+    "BornAgain": "teachers",
     "Cached": "teachers",
     "Contrastive": "objectives",
     "CrossEntropy": "objectives",
     "Data": "data",
+    "DeepToShallow": "teachers",
     "DistillTrainer": "trainer",
+    "Ema": "teachers",
+    "Ensemble": "teachers",
     "FromConfig": "students",
     "FromTeacher": "students",
     "HiddenStates": "objectives",
@@ -60,6 +75,7 @@ _WHERE = {
     "Logits": "objectives",
     "Relations": "objectives",
     "Remote": "teachers",
+    "Routed": "teachers",
     "Taid": "objectives",
     "adaptive_kl": "losses",
     "alpha_beta": "losses",
@@ -86,12 +102,17 @@ _WHERE = {
 }
 
 __all__ = [
+    "AdapterOff",
     "AttentionMaps",
+    "BornAgain",
     "Cached",
     "Contrastive",
     "CrossEntropy",
     "Data",
+    "DeepToShallow",
     "DistillTrainer",
+    "Ema",
+    "Ensemble",
     "FromConfig",
     "FromTeacher",
     "HiddenStates",
@@ -100,6 +121,7 @@ __all__ = [
     "Logits",
     "Relations",
     "Remote",
+    "Routed",
     "Taid",
     "adaptive_kl",
     "alpha_beta",

@@ -9,13 +9,24 @@ import torch
 
 from llm_distill import mapping, schedules
 from llm_distill.errors import InputError
-from llm_distill.objectives import Evidence, Objective, QueryPlan, Term, check_objectives, named
+from llm_distill.objectives import (
+    Evidence,
+    HeadTerm,
+    Objective,
+    QueryPlan,
+    Term,
+    check_objectives,
+    named,
+)
 from llm_distill.queries import sample_queries
 from llm_distill.rows import Batch, Draw
 from llm_distill.signals import ModelSpec, Request
+from llm_distill.teachers import DeepToShallow, Itself
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from llm_distill.teachers import Teacher
 
 BESIDE = (
     "rows",
@@ -24,6 +35,7 @@ BESIDE = (
     "theirs",
     "examples",
     "told",
+    "columns",
     "labels",
     "num_items_in_batch",
 )
@@ -50,12 +62,23 @@ def bind(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             terms = {
-                name: o.build(student, teacher, evidence) for name, o in named(objectives).items()
+                name: _term(o, student, teacher, evidence) for name, o in named(objectives).items()
             }
     except ValueError as error:
         raise InputError(str(error)) from error
     query_plan(terms)
     return terms
+
+
+def _term(
+    objective: Objective, student: ModelSpec, teacher: ModelSpec, evidence: Evidence | None
+) -> Term:
+    """An objective as a term, on the member of several teachers that it names."""
+    member = mapping.member_of(objective)
+    seen = None if evidence is None else evidence.member(member)
+    term = objective.build(student, teacher.member(member), seen)
+    term.member = member
+    return term
 
 
 def ready(
@@ -70,8 +93,51 @@ def ready(
         check_objectives(objectives)
     except ValueError as error:
         raise InputError(str(error)) from error
+    mapping.check_members(objectives, teacher)
     known = mapping.known(mapping.with_rows(objectives, student), student, teacher)
     return mapping.fading(known, student)
+
+
+def check_itself(
+    teacher: Teacher, objectives: Sequence[Objective], terms: Mapping[str, Term]
+) -> None:
+    """Refuse what a teacher that is the student itself has no use for; others pass.
+
+    Raises:
+        InputError: For a race of maps, or a layer that would learn from itself.
+    """
+    if not isinstance(teacher, Itself):
+        return
+    if "race" in mapping.undecided(objectives):
+        raise InputError(
+            f"auto_race trains copies of the student, and {teacher.spec.name} is made of one "
+            "student; write layers: uniform, or another strategy"
+        )
+    if isinstance(teacher, DeepToShallow):
+        _check_depth(terms)
+
+
+def _check_depth(terms: Mapping[str, Term]) -> None:
+    """Refuse what a layer of the student would learn from itself, or from a layer below it.
+
+    Raises:
+        InputError: Naming the term, and what to write.
+    """
+    for name, term in terms.items():
+        rows = () if term.mapping is None else term.mapping.rows
+        for row in rows:
+            if any(layer <= row.student for layer, _ in row.teacher):
+                raise InputError(
+                    f"{name}: layer {row.student} of the student would learn from its own layer "
+                    f"{min(row.layers)}, and DeepToShallow teaches from deeper ones; write "
+                    f"layers: {{explicit: {{pairs: [[{row.student}, {row.student + 1}]]}}}}, or "
+                    "deeper"
+                )
+        if isinstance(term, HeadTerm) and term.teacher.logits and term.exit is None:
+            raise InputError(
+                f"{name}: the last layer would learn from itself; with DeepToShallow write exit: 1 "
+                "or another layer of the student"
+            )
 
 
 def check_optimizers(terms: Mapping[str, Term], optimizers: tuple[Any, Any]) -> None:
@@ -108,8 +174,9 @@ def survey(
     """The signals of both models that have to be seen once before binding; empty for most runs."""
     ours, theirs = Request(), Request()
     for objective in objectives:
-        of_student, of_teacher = objective.survey(student, teacher)
-        ours, theirs = ours | of_student, theirs | of_teacher
+        member = mapping.member_of(objective)
+        of_student, of_teacher = objective.survey(student, teacher.member(member))
+        ours, theirs = ours | of_student, theirs | of_teacher.within(member)
     return ours, theirs
 
 
@@ -167,8 +234,8 @@ def make_batch(
     if told is not None and keep is not None:
         own = slice(len(rows))
         told = told[own] if isinstance(told, torch.Tensor) else told.rows(own)
-    draw = Draw(seed, epoch, tuple(keys))
-    batch = Batch(inputs, rows, valid, queries, draw, theirs, examples, told)
+    draw, columns = Draw(seed, epoch, tuple(keys)), collated.get("columns", {})
+    batch = Batch(inputs, rows, valid, queries, draw, theirs, examples, told, columns)
     return batch.to(rows.index.device)
 
 
@@ -181,7 +248,7 @@ def teacher_request(terms: Mapping[str, Term]) -> Request:
     """What the teacher has to give."""
     request = Request()
     for term in terms.values():
-        request = request | term.teacher
+        request = request | term.teacher.within(term.member)
     return request
 
 
@@ -207,7 +274,7 @@ def opening_request(
 
 def reads_logits(terms: Mapping[str, Term]) -> bool:
     """Whether any term reads the student's logits."""
-    return any(term.student.logits for term in terms.values())
+    return any(term.student.logits or term.student.exits for term in terms.values())
 
 
 def describe(objectives: Sequence[Objective], terms: Mapping[str, Term]) -> str:
@@ -219,6 +286,7 @@ def describe(objectives: Sequence[Objective], terms: Mapping[str, Term]) -> str:
             f"{name}: weight {schedules.describe(objective.weight)}"
             + (f" · {settings}" if settings else "")
         )
+        lines += [f"  of member {term.member}"] if term.member is not None else []
         lines += [f"  {note}" for note in term.notes]
         trained = sum(p.numel() for p in term.parameters())
         if trained:

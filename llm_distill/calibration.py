@@ -104,8 +104,10 @@ def _mapped(
         return run
     student.to(args.device)
     specs = run.student, run.teacher.spec
-    evidence = surveying.survey(run, student, source, args)
-    run = replace(run, objectives=mapping.settled(run.objectives, *specs, evidence))
+    for member in mapping.members_of(run.objectives):
+        evidence = surveying.survey(run, student, source, args, member=member)
+        settled = mapping.settled(run.objectives, *specs, evidence, member=member)
+        run = replace(run, objectives=settled)
     objectives, told = race.decided(run, student, source, args, evidence, make)
     terms = binding.bind(objectives, *specs, seed=args.seed)
     return replace(run, objectives=objectives, terms=terms, told=(*run.told, *told))
@@ -126,7 +128,9 @@ def _batches(run: Run, args: TrainingArguments) -> Iterator[Batch]:
     once = isinstance(dataset, TorchStream) and not isinstance(dataset, Stream)
     if dataset is None or (once and not asked):
         return
-    examples = [readable(example, args) for example in head(dataset, CALIBRATION_EXAMPLES)]
+    examples = [
+        readable(example, args, run.columns) for example in head(dataset, CALIBRATION_EXAMPLES)
+    ]
     if asked and not examples:
         raise InputError(
             "train_dataset has no example to calibrate on; give it some, or write init: random and "
@@ -150,7 +154,7 @@ def _surveying(run: Run) -> list[Objective]:
     """The objectives that ask for calibration data."""
     nothing = Request(), Request()
     specs = run.student, run.teacher.spec
-    return [objective for objective in run.objectives if objective.survey(*specs) != nothing]
+    return [each for each in run.objectives if binding.survey([each], *specs) != nothing]
 
 
 def _broadcast(module: nn.Module, device: torch.device) -> None:

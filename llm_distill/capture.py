@@ -8,6 +8,7 @@ name, from one run on a few tokens.
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,13 +16,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from llm_distill.attention_tap import Tap, clear, discover, install, mark
-from llm_distill.lm_head import head_of
+from llm_distill.lm_head import head_of, last_norm
 from llm_distill.placement.joining import joined, parts
 from llm_distill.placement.sharding import run_backbone
 from llm_distill.signals import (
     Dense,
     Factored,
-    Head,
     ModelSpec,
     Request,
     Signals,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from llm_distill.attention import Heads
     from llm_distill.placement.spreading import Spread
     from llm_distill.rows import Batch
+    from llm_distill.signals import Head
 
 PROBE_TOKENS = 8
 
@@ -81,6 +82,7 @@ class Reader:
         _refuse_prompts(model, name)
         refuse_layers(request, ModelSpec.of(plain(model).config, name))
         self._taps: dict[int, Tap] = {}
+        self._norm: nn.Module | None = None
         self._probe()
 
     def read(self, batch: Batch, *, extra: Request | None = None) -> Signals:
@@ -103,21 +105,35 @@ class Reader:
         batch = joined(batches)
         wide = batch if self._spread is None else self._spread.widened(batch)
         caught, last = self._run(wide.inputs, wide, request)
-        hidden = {layer: self._own(caught.hidden_states[layer], batch) for layer in request.hidden}
+        layers = request.hidden | request.exits
+        hidden = {layer: self._own(caught.hidden_states[layer], batch) for layer in layers}
         # In order: under tensor parallelism each layer is an exchange that all take part in.
         heads = {layer: self._caught(layer, batch) for layer in sorted(request.heads)}
         last = self._own(last, batch)
-        head = head_of(plain(self._model)) if request.logits else None
+        head = head_of(plain(self._model)) if request.logits or request.exits else None
         found = []
         for part, sequences, places, length in parts(batches):
+            cut, index = (sequences, slice(length)), part.supervised.index
             whole: Whole | None = None
+            exits: dict[int, Whole] = {}
             if head is not None:
-                rows = last[sequences, :length].flatten(0, 1)
-                whole = self._distribution(rows.index_select(0, part.supervised.index), head)
-            states = {layer: state[sequences, :length] for layer, state in hidden.items()}
+                said = partial(self._said, head=head, cut=cut, index=index)
+                whole = said(last) if request.logits else None
+                exits = {k: said(self._normed(hidden[k])) for k in request.exits}
+            states = {layer: hidden[layer][cut] for layer in request.hidden}
             attention = {k: value.part(sequences, places, length) for k, value in heads.items()}
-            found.append(Signals(self.name, whole, states, attention))
+            found.append(Signals(self.name, whole, states, attention, exits=exits))
         return found
+
+    def _said(
+        self, states: Tensor, *, head: Head, cut: tuple[slice, slice], index: Tensor
+    ) -> Whole:
+        """Distributions of the rows of one batch among several."""
+        return self._distribution(states[cut].flatten(0, 1).index_select(0, index), head)
+
+    def _normed(self, states: Tensor) -> Tensor:
+        """States as the head of an exit gets them."""
+        return states if self._norm is None else cast("Tensor", self._norm(states))
 
     def full_logits(self, batch: Batch) -> Tensor:
         """Logits of every position `[B, T, V]`, as `compute_metrics` expects them."""
@@ -135,9 +151,8 @@ class Reader:
         for layer, tap in self._taps.items():
             tap.queries, tap.caught, tap.open = None if batch is None else batch.queries, None, True
             tap.whole = layer in request.relations
-        options: dict[str, Any] = (
-            {"output_hidden_states": sorted(request.hidden)} if request.hidden else {}
-        )
+        layers = sorted(request.hidden | request.exits)
+        options: dict[str, Any] = {"output_hidden_states": layers} if layers else {}
         model = plain(self._model)
         inputs = {key: value for key, value in inputs.items() if self._takes(key)}
         if not model.config.is_encoder_decoder and hasattr(model.base_model.config, "use_cache"):
@@ -184,14 +199,16 @@ class Reader:
             if self.request.heads:
                 self._taps = self._find_taps(model)
             inputs = _probe_inputs(model)
-            outputs, last = self._run(inputs, None, self.request)
-            for layer in sorted(self.request.hidden):
+            with last_norm(model, asked=bool(self.request.exits)) as norm:
+                outputs, last = self._run(inputs, None, self.request)
+            self._norm = norm.get(last.data_ptr())
+            for layer in sorted(self.request.hidden | self.request.exits):
                 states = getattr(outputs, "hidden_states", None)
                 if not states or len(states) <= layer or states[layer] is None:
                     raise ValueError(
                         f"{self.name} ({type(model).__name__}) gives no hidden state {layer}"
                     )
-            if self.request.logits:
+            if self.request.logits or self.request.exits:
                 self._check_head(model, inputs, last)
         finally:
             model.train(training)

@@ -95,6 +95,8 @@ class StudentTrainer(Trainer):
         saving.save_student(self.distiller, folder, state_dict)
         if self._in_checkpoint:
             saving.save_terms(self.distiller, folder, state_dict)
+            if state_dict is None:  # else it is in the state of the whole
+                saving.save_teacher(self.distiller, folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
@@ -119,6 +121,7 @@ class StudentTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         saving.load_student(self.distiller, folder)
         saving.load_terms(self.distiller, folder)
+        saving.load_teacher(self.distiller, folder)
 
     def _load_best_model(self) -> None:
         """As in Trainer, strictly."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ class RowCollator:
             tokenizer is another.
         named: Whether a cached teacher looks the examples up, by what they are.
         lookup: Does it here, in the process that collates.
+        columns: Of the examples, kept as text beside the batch; the collator does not see them.
     """
 
     collator: Callable[[list[Any]], Mapping[str, Any]]
@@ -38,13 +39,17 @@ class RowCollator:
     theirs: RowCollator | None = None
     named: bool = False
     lookup: Callable[[Examples], object] | None = None
+    columns: tuple[str, ...] = ()
 
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
         """Collate examples.
 
         Raises:
-            ValueError: If the inner collator gives no `labels`.
+            ValueError: If the inner collator gives no `labels`, or an example lacks a column.
         """
+        columns = self._columns(examples)
+        if columns:
+            examples = [{k: v for k, v in e.items() if k not in columns} for e in examples]
         batch = dict(self.collator(examples))
         if "labels" not in batch:
             raise ValueError(
@@ -57,16 +62,37 @@ class RowCollator:
         batch["rows"] = supervised_rows(ids, mask, batch["labels"], shift=self.shift)
         batch["valid"] = valid_rows(ids, mask) if self.valid else None
         batch["keys"] = example_keys(ids, mask)
-        if self.named or self.lookup is not None:
-            rows = batch["rows"].sequence, batch["rows"].position
-            batch["examples"] = name_examples(ids, mask, batch.get("position_ids"), rows)
-        if self.lookup is not None:
-            batch["told"] = self.lookup(batch["examples"])
+        batch |= self._known(batch)
         if self.shift and mask is not None and "position_ids" not in batch and _padded_left(mask):
             batch["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
         if self.theirs is not None:
             batch["theirs"] = self.theirs(_real(ids, mask))
+        for part in (batch, batch.get("theirs")):
+            if columns and part is not None:
+                part["columns"] = columns
         return batch
+
+    def _known(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The examples' names where a cache wants them, and what it has of them."""
+        if not self.named and self.lookup is None:
+            return {}
+        ids, rows = batch["input_ids"], batch["rows"]
+        mask, places = batch.get("attention_mask"), batch.get("position_ids")
+        examples = name_examples(ids, mask, places, (rows.sequence, rows.position))
+        told = {} if self.lookup is None else {"told": self.lookup(examples)}
+        return {"examples": examples} | told
+
+    def _columns(self, examples: Sequence[Any]) -> dict[str, tuple[str, ...]]:
+        """The kept columns, as text."""
+        for name in self.columns:
+            for example in examples:
+                if not isinstance(example, Mapping) or name not in example:
+                    there = sorted(example) if isinstance(example, Mapping) else "no names"
+                    raise InputError(
+                        f"an example has no column '{name}', which names its teacher; it has "
+                        f"{there}: add the column, or write another in Routed: by"
+                    )
+        return {name: tuple(str(example[name]) for example in examples) for name in self.columns}
 
     def _check_length(self, length: int) -> None:
         """Refuse what a model has no positions for; rotary ones would go on silently."""

@@ -1,11 +1,13 @@
 """Student and terms as one module, so that DDP, FSDP and ZeRO see every trained parameter.
 
-The loss is computed inside the wrapped forward. The teacher is never a submodule.
+The loss is computed inside the wrapped forward. The teacher is no submodule, unless it is made of
+the student: then it is sharded, and computes, as the student does.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import psutil
 import torch
@@ -21,72 +23,18 @@ from llm_distill.losses.projection import Projection
 from llm_distill.losses.scoring import INFINITE
 from llm_distill.measures import measures
 from llm_distill.objectives import HeadTerm, Term
+from llm_distill.outcomes import Outcome, Slopes
 from llm_distill.signals import Dense, Distribution, Factored, Request, Signals
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from transformers import GenerationConfig, PreTrainedConfig
 
     from llm_distill.rows import Batch, Step
+    from llm_distill.teachers import Within
 
 LOGITS = Request(logits=True)
-
-
-class Outcome(NamedTuple):
-    """What one micro-batch gave.
-
-    Attributes:
-        loss: A scalar in fp32, with a graph.
-        sums: `[K]` of the terms, followed by those of `MEASURES` where the step asks to measure;
-            detached.
-        faults: Of rows whose loss is no number (`llm_distill.faults.find`).
-        logits: `[B, T, V]` where the step asks for them.
-    """
-
-    loss: Tensor
-    sums: Tensor
-    faults: Tensor
-    logits: Tensor | None
-
-
-class Slopes(NamedTuple):
-    """What one micro-batch gave that is only measured, at a layer of the student.
-
-    Attributes:
-        values: Sum of each term, `[]`, with a graph of its own that has one backward.
-        hidden: `[B, T, D]`, the hidden state whose gradients are wanted.
-    """
-
-    values: tuple[Tensor, ...]
-    hidden: Tensor
-
-    def squares(self, names: Sequence[str]) -> list[Tensor]:
-        """Squared norm of the gradient of each sum, `[]`.
-
-        It is taken outside of the forward, where sharded parameters come back for every backward.
-
-        Args:
-            names: Of the terms.
-
-        Raises:
-            InputError: If there is no gradient, of one term or of all.
-        """
-        found = []
-        for name, value in zip(names, self.values, strict=True):
-            slope = None
-            if self.hidden.requires_grad:
-                (slope,) = torch.autograd.grad(
-                    value, self.hidden, retain_graph=True, allow_unused=True
-                )
-            if slope is None:
-                raise InputError(
-                    f"balance: {name} has no gradient at the layer of the student where it is "
-                    "measured: it reads below it, or nothing below it is trained; write another "
-                    "layer, or balance: normalised"
-                )
-            found.append(slope.float().square().sum())
-        return found
 
 
 class Distiller(nn.Module):
@@ -99,6 +47,7 @@ class Distiller(nn.Module):
         rows_per_chunk: Rows whose logits exist at a time; None: as memory allows.
         balance: Between the terms; None for weights that stay. It is here so that its state moves
             and is saved with the rest.
+        within: A teacher that is the student itself, and speaks in the forward.
     """
 
     main_input_name = "input_ids"
@@ -111,10 +60,12 @@ class Distiller(nn.Module):
         *,
         rows_per_chunk: int | None = None,
         balance: Balance | None = None,
+        within: Within | None = None,
     ) -> None:
         super().__init__()
         self.rows_per_chunk = rows_per_chunk
         self.student = student
+        self.within = within
         self.balance = balance or Balance()
         self.names = tuple(terms)
         self.terms = nn.ModuleList(terms.values())
@@ -158,7 +109,10 @@ class Distiller(nn.Module):
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """The student's, called by Accelerate after sharding."""
-        cast("Any", self.student).tie_weights(*args, **kwargs)
+        held = None if self.within is None else self.within.model
+        for model in (self.student, held):
+            if model is not None:
+                cast("Any", model).tie_weights(*args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Write the plain student, as `trainer.model.save_pretrained(folder)` would for Trainer."""
@@ -187,13 +141,13 @@ class Distiller(nn.Module):
         if self.forcing is not None:
             self.forcing.release()
 
-    def forward(self, batch: Batch, teacher: Signals, step: Step) -> Outcome | Slopes:
-        """One micro-batch."""
+    def forward(self, batch: Batch, teacher: Signals | None, step: Step) -> Outcome | Slopes:
+        """One micro-batch; a teacher that is None is the one within."""
         if step.layer is not None:
             return self._slopes(step.layer, teacher, batch, step)
         if step.alone:
             return self._alone(teacher, batch, step)
-        signals = self._reader.read(batch, extra=LOGITS if step.measure else None)
+        signals, teacher = self._heard(batch, teacher, LOGITS if step.measure else Request())
         shares = step.shares
         loss = torch.zeros((), device=shares.device)
         head_terms = [k for k, term in enumerate(self.terms) if isinstance(term, HeadTerm)]
@@ -204,9 +158,9 @@ class Distiller(nn.Module):
         # Where a logit of -inf stands for -1e30, a sum is infinite and not merely large.
         row_sums = values.masked_fill(values >= INFINITE, torch.inf).sum(1)
         sums = dict(zip(head_terms, row_sums, strict=False))
-        for k, term in enumerate(self.terms):
+        for k, term in enumerate(cast("Iterable[Term]", self.terms)):
             if k not in sums:
-                value = term(signals, teacher, batch, step)
+                value = term(signals, teacher.member(term.member), batch, step)
                 loss = loss + shares[k] * value
                 sums[k] = value.detach().to(values.dtype)
         ordered = torch.stack([sums[k] for k in range(len(self.terms))])
@@ -214,12 +168,30 @@ class Distiller(nn.Module):
         logits = self._reader.full_logits(batch) if step.logits else None
         return Outcome(loss, kept, faults, logits)
 
-    def _alone(self, teacher: Signals, batch: Batch, step: Step) -> Outcome:
+    def _heard(
+        self, batch: Batch, teacher: Signals | None, extra: Request
+    ) -> tuple[Signals, Signals]:
+        """What student and teacher say of a batch.
+
+        Args:
+            batch: As the student reads it.
+            teacher: What it said already; None: it is the one within.
+            extra: Wanted of the student besides.
+        """
+        if teacher is not None:
+            return self._reader.read(batch, extra=extra), teacher
+        if self.within is None:
+            raise ValueError("nobody said what the teacher says, and there is none within")
+        return self.within.both(batch, lambda more: self._reader.read(batch, extra=extra | more))
+
+    def _alone(self, teacher: Signals | None, batch: Batch, step: Step) -> Outcome:
         """Blocks that start from states of the teacher, and the term that lets them."""
         terms = cast("Sequence[Term]", self.terms)
         k, term = next((k, t) for k, t in enumerate(terms) if t.alone(step.progress))
-        cast("Forcing", self.forcing).give(term.starts(teacher))
-        value = term(self._reader.read(batch), teacher, batch, step)
+        said = cast("Within", self.within)(batch) if teacher is None else teacher
+        heard = said.member(term.member)
+        cast("Forcing", self.forcing).give(term.starts(heard))
+        value = term(self._reader.read(batch), heard, batch, step)
         sums = step.shares.new_zeros(len(self.terms))
         sums[k] = value.detach()
         faults = find(step.shares.new_zeros(0, 0), batch.supervised, batch.inputs["input_ids"])
@@ -228,8 +200,32 @@ class Distiller(nn.Module):
     def _head(
         self, chosen: Sequence[int], student: Signals, teacher: Signals, batch: Batch, step: Step
     ) -> tuple[Tensor, Tensor]:
-        """All row-wise terms on logits, and the measures, in one pass."""
-        own = cast("Factored", student.logits).projection()
+        """All row-wise terms on logits, and the measures: a pass for each layer they look at."""
+        terms = {k: cast("HeadTerm", self.terms[k]) for k in chosen}
+        loss = torch.zeros((), device=step.shares.device)
+        rows: dict[int, Tensor] = {}
+        extra: list[Tensor] = []
+        exits = {None} if step.measure else set()
+        for exit in sorted(exits | {term.exit for term in terms.values()}, key=str):
+            here = [k for k, term in terms.items() if term.exit == exit]
+            part = replace(step, measure=step.measure and exit is None)
+            value, found = self._pass(here, exit, student, teacher, batch, part)
+            loss = loss + value
+            rows |= dict(zip(here, found, strict=False))
+            extra += list(found[len(here) :])
+        return loss, torch.stack([*(rows[k] for k in chosen), *extra])
+
+    def _pass(
+        self,
+        chosen: Sequence[int],
+        exit: int | None,
+        student: Signals,
+        teacher: Signals,
+        batch: Batch,
+        step: Step,
+    ) -> tuple[Tensor, Tensor]:
+        """The terms on one layer's logits, and the measures, in one pass."""
+        own = _logits(student, exit)
         terms = [cast("HeadTerm", self.terms[k]) for k in chosen]
         compared = teacher.distribution if step.measure else None
         asks_teacher = compared is not None or any(term.teacher.logits for term in terms)
@@ -245,13 +241,13 @@ class Distiller(nn.Module):
             chunk=self._chunk(own),
         )
 
-    def _slopes(self, layer: int, teacher: Signals, batch: Batch, step: Step) -> Slopes:
+    def _slopes(self, layer: int, teacher: Signals | None, batch: Batch, step: Step) -> Slopes:
         """Each term apart from the others, and a hidden state of the student."""
-        student = self._reader.read(batch, extra=Request(hidden=frozenset({layer})))
+        student, teacher = self._heard(batch, teacher, Request(hidden=frozenset({layer})))
         values: list[Tensor] = []
-        for term in self.terms:
+        for term in cast("Iterable[Term]", self.terms):
             if isinstance(term, HeadTerm):
-                own = cast("Factored", student.logits).projection()
+                own = _logits(student, term.exit)
                 bias = None if own.bias is None else own.bias.detach()
                 value, _ = head_pass(
                     Projection(own.features, own.weight.detach(), bias, own.finish),
@@ -262,7 +258,7 @@ class Distiller(nn.Module):
                     chunk=self._chunk(own),
                 )
             else:
-                value = term(student, teacher, batch, step)
+                value = term(student, teacher.member(term.member), batch, step)
             values.append(value)
         return Slopes(tuple(values), student.states[layer])
 
@@ -278,6 +274,12 @@ class Distiller(nn.Module):
                 free=free_memory(device),
             )
         return self.rows_per_chunk
+
+
+def _logits(student: Signals, layer: int | None) -> Projection:
+    """The student's logits at one of its exits; at its end for None."""
+    found = student.logits if layer is None else student.exits[layer]
+    return cast("Factored", found).projection()
 
 
 def _target(distribution: Distribution) -> Teacher:

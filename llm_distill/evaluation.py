@@ -110,13 +110,17 @@ def evaluation_metrics(
     return metrics
 
 
-def settle_best_metric(args: TrainingArguments, evaluation: object, *, compared: bool) -> None:
+def settle_best_metric(
+    args: TrainingArguments, evaluation: object, *, compared: bool, itself: bool = False
+) -> None:
     """KL to the teacher, of the first dataset where there are several, unless one was named.
 
     Args:
         args: Changed in place.
         evaluation: One dataset, or several under names.
         compared: Whether an evaluation compares the two models' tokens; without, it is the loss.
+        itself: Whether the teacher is the student itself: nearest to it is who learned least, so
+            that it is the loss, too.
 
     Raises:
         InputError: For a figure that was named and that there is not.
@@ -125,13 +129,14 @@ def settle_best_metric(args: TrainingArguments, evaluation: object, *, compared:
     if metric == "loss" or (metric is None and args.save_strategy == SaveStrategy.BEST):
         # What transformers fills in where nothing was said; `eval_loss` says it explicitly.
         first = next(iter(evaluation), None) if isinstance(evaluation, Mapping) else None
-        figure = "kl" if compared else "loss"
+        figure = "kl" if compared and not itself else "loss"
         args.metric_for_best_model = f"eval_{figure}" if first is None else f"eval_{first}_{figure}"
         args.greater_is_better = False
     elif metric is not None and not compared and COMPARED.search(metric):
         raise InputError(
-            f"metric_for_best_model is {metric!r}, and nothing compares the tokens of two models "
-            "with different tokenizers; write eval_loss, or eval_perplexity for the student's"
+            f"metric_for_best_model is {metric!r}, and nothing compares the tokens of two models: "
+            "there is one, or they have different tokenizers; write eval_loss, or eval_perplexity "
+            "for the student's"
         )
     elif metric is not None and LOWER_IS_BETTER.search(metric):
         args.greater_is_better = False

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 KEY_BYTES = 16
 """Of a key. Among 10^9 examples, two different ones share one with a chance of 10^-21."""
@@ -36,6 +40,16 @@ class Examples:
         """Those of the first sequences only."""
         kept = sum(self.per_sequence[:sequences])
         return Examples(self.keys[:kept], self.rows[:kept], self.per_sequence[:sequences])
+
+    def only(self, sequences: Sequence[int]) -> Examples:
+        """Those of some sequences."""
+        ends = [0, *accumulate(self.per_sequence)]
+        kept = [k for s in sequences for k in range(ends[s], ends[s + 1])]
+        return Examples(
+            tuple(self.keys[k] for k in kept),
+            tuple(self.rows[k] for k in kept),
+            tuple(self.per_sequence[s] for s in sequences),
+        )
 
 
 def example_key(tokens: np.ndarray, supervised: np.ndarray) -> bytes:

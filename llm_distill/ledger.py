@@ -19,8 +19,8 @@ from llm_distill.objectives import MEASURES, HeadTerm
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from llm_distill.distiller import Outcome
     from llm_distill.objectives import Term
+    from llm_distill.outcomes import Outcome
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""The language-model head of a model: where it is, what it does, and its weights whole."""
+"""What follows the blocks of a model: its last norm, and its language-model head, whole."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -13,7 +14,7 @@ from torch.func import functional_call
 from llm_distill.signals import Head
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from transformers import PreTrainedModel
 
@@ -26,7 +27,8 @@ def head_of(model: PreTrainedModel) -> Head:
     """
     output = cast("nn.Module | None", model.get_output_embeddings())
     if isinstance(output, ModulesToSaveWrapper):
-        output = output.modules_to_save[output.active_adapters[0]]
+        off, own = output.disable_adapters, output.modules_to_save
+        output = output.original_module if off else own[output.active_adapters[0]]
     if not isinstance(output, nn.Linear):
         what = (
             "no language-model head" if output is None else f"a {type(output).__name__} as its head"
@@ -51,6 +53,35 @@ def head_of(model: PreTrainedModel) -> Head:
 def _gathered(parameter: Tensor) -> Tensor:
     """A parameter whole, differentiably, where its shards lie on several ranks."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+@contextmanager
+def last_norm(model: PreTrainedModel, *, asked: bool) -> Iterator[dict[int, nn.Module]]:
+    """Watch which module gives the last hidden state, above all blocks; by the place of its output.
+
+    Args:
+        model: Runs meanwhile.
+        asked: Whether anybody wants to know.
+    """
+    found: dict[int, nn.Module] = {}
+    kept: list[Tensor] = []  # else their places would be given to others
+    blocks = [f"{n}." for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+
+    def note(module: nn.Module, _: object, output: object) -> None:
+        if isinstance(output, Tensor):
+            found[output.data_ptr()] = module
+            kept.append(output)
+
+    hooks = [
+        module.register_forward_hook(note)
+        for name, module in model.named_modules()
+        if asked and not any(name.startswith(block) for block in blocks)
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _transform_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor] | None:

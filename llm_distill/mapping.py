@@ -15,6 +15,7 @@ from llm_distill.layers import (
     asks,
     auto,
     decide,
+    looks,
     race_settings,
     uniform,
 )
@@ -32,6 +33,41 @@ FADED = 0.6
 """Share of the training after which hints are gone for a student that starts from random weights:
 they help it to start and hold it back later (Yu et al. 2025, arXiv 2502.04499, tables of random
 initialisation)."""
+
+
+def member_of(objective: Objective) -> int | None:
+    """Which of several teachers an objective reads; None where there is one, or it reads all."""
+    return objective.member if isinstance(objective, Mapped) else None
+
+
+def members_of(objectives: Sequence[Objective]) -> list[int | None]:
+    """The members that objectives name, each once; None among them for the teacher itself."""
+    return list(dict.fromkeys(map(member_of, objectives)))
+
+
+def check_members(objectives: Sequence[Objective], teacher: ModelSpec) -> None:
+    """Refuse hints that do not say whose layers they want, or name nobody.
+
+    Raises:
+        InputError: Naming the objective and the members; also for a map of a member that a race
+            decides or that follows the student.
+    """
+    for objective in objectives:
+        if not isinstance(objective, Mapped):
+            continue
+        name, member, there = type(objective).__name__, objective.member, len(teacher.members)
+        if member is None and not there:
+            continue
+        if member is None or not (isinstance(member, int) and 0 <= member < there):
+            asked = "no member" if member is None else f"member {member!r}"
+            told = ", ".join(f"{k} ({spec.name})" for k, spec in enumerate(teacher.members))
+            instead = f"write member: one of {told}" if told else "there is one: leave it out"
+            raise InputError(f"{name}: {asked} of the teacher {teacher.name}; {instead}")
+        if "race" in objective.undecided or looks(objective.layers):
+            raise InputError(
+                f"{name}: layers of a member are compared once; auto_race and refresh are for "
+                "one teacher: write layers: auto"
+            )
 
 
 def undecided(objectives: Sequence[Objective]) -> frozenset[str]:
@@ -53,7 +89,10 @@ def known(
             the strategy asks from which layers.
     """
     # What waits for data is decided once on layers that are all alike, to refuse bad settings now.
-    tried = settled(objectives, student, teacher, _alike(student, teacher))
+    tried = tuple(objectives)
+    for member in members_of(objectives):
+        alike = _alike(student, teacher.member(member))
+        tried = settled(tried, student, teacher, alike, member=member)
     early = {"blocks"}
     return tuple(
         made if isinstance(objective, Mapped) and objective.undecided == early else objective
@@ -75,15 +114,26 @@ def settled(
     student: ModelSpec,
     teacher: ModelSpec,
     evidence: LayerEvidence,
+    *,
+    member: int | None = None,
 ) -> tuple[Objective, ...]:
     """The objectives with the maps that the evidence decides; those that wait for a race stay.
+
+    Args:
+        objectives: All; those that read other teachers than the one of the evidence stay as well.
+        student: Its depth counts.
+        teacher: The same.
+        evidence: Of the two.
+        member: Which of several teachers it is of.
 
     Raises:
         InputError: For evidence that a strategy cannot work with.
     """
     return tuple(
-        _decided(objective, student, teacher, evidence)
-        if isinstance(objective, Mapped) and objective.undecided - {"race"}
+        _decided(objective, student, teacher.member(member), evidence)
+        if isinstance(objective, Mapped)
+        and objective.member == member
+        and objective.undecided - {"race"}
         else objective
         for objective in objectives
     )
@@ -120,6 +170,19 @@ def fading(objectives: Sequence[Objective], student: ModelSpec) -> tuple[Objecti
     )
 
 
+def told_fading(given: Sequence[Objective], objectives: Sequence[Objective]) -> tuple[str, ...]:
+    """What to tell of hints that were made to fade."""
+    faded = [
+        type(b).__name__ for a, b in zip(given, objectives, strict=True) if a.weight != b.weight
+    ]
+    if not faded:
+        return ()
+    return (
+        f"{', '.join(faded)}: fading to 0 at {FADED:.0%} of the training, since the student starts "
+        "from random weights; a schedule of your own is taken as it is",
+    )
+
+
 def _faded(objective: Mapped) -> float:
     """When a hint is gone: not while nothing else is trained."""
     alone = objective.blockwise if isinstance(objective, HiddenStates) else 0.0
@@ -133,6 +196,18 @@ def requests(
 
     Hidden states that are compared; under a race the teacher's logits, which judge it.
     """
+    ours, theirs = Request(), Request()
+    for member in members_of(objectives):
+        own = [objective for objective in objectives if member_of(objective) == member]
+        of_student, of_teacher = _requests(own, student, teacher.member(member))
+        ours, theirs = ours | of_student, theirs | of_teacher.within(member)
+    return ours, theirs
+
+
+def _requests(
+    objectives: Sequence[Objective], student: ModelSpec, teacher: ModelSpec
+) -> tuple[Request, Request]:
+    """The same of objectives that read one teacher."""
     asked = undecided(objectives) | _raced(objectives)
     every = Request(hidden=frozenset(range(teacher.depth + 1)))
     ours = Request(hidden=frozenset(range(student.depth + 1)))

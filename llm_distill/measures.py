@@ -10,12 +10,14 @@ from torch import Tensor
 
 from llm_distill.losses.divergences import forward_kl
 from llm_distill.losses.rowwise import Alone, Nll, RowTerm, Tempered
+from llm_distill.losses.several import Sparse
 from llm_distill.losses.softmax import log_softmax
-from llm_distill.losses.sparse import Counts, TopK
-from llm_distill.signals import Dense, Distribution
+from llm_distill.signals import Dense, Distribution, Factored, Whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from llm_distill.losses.blending import Combined
 
 
 def measures(teacher: Distribution | None, vocabulary: int) -> Sequence[RowTerm]:
@@ -30,12 +32,18 @@ def measures(teacher: Distribution | None, vocabulary: int) -> Sequence[RowTerm]
     absent = Alone(unknown)
     if teacher is None:
         return [Nll(), absent, absent, absent, Alone(entropy)]
-    if isinstance(teacher, TopK | Counts):
+    if isinstance(teacher, Sparse):
         return [Nll(), absent, Tempered(forward_kl), absent, Alone(entropy)]
-    theirs = teacher.values.shape[-1] if isinstance(teacher, Dense) else len(teacher.head.weight)
-    common = min(vocabulary, theirs)
+    common = min(vocabulary, _tokens(teacher))
     agreement = partial(_agreement, common=common)
     return [Nll(), _teacher_nll, Tempered(forward_kl, common), agreement, Alone(entropy)]
+
+
+def _tokens(teacher: Whole | Combined) -> int:
+    """Columns of its logits."""
+    if isinstance(teacher, Dense):
+        return teacher.values.shape[-1]
+    return len(teacher.head.weight) if isinstance(teacher, Factored) else teacher.vocabulary
 
 
 def entropy(student: Tensor) -> Tensor:

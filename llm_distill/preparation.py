@@ -17,23 +17,31 @@ from llm_distill.arguments import (
     idle_gates,
 )
 from llm_distill.binding import make_batch
-from llm_distill.capture import plain, predicts_next
+from llm_distill.capture import plain
 from llm_distill.collation import RowCollator, first_batch
 from llm_distill.data import Collator, Prepared
 from llm_distill.data.given import first_of, tokenised
 from llm_distill.errors import InputError
 from llm_distill.evaluation import OWN, settle_best_metric
-from llm_distill.kinds import is_masked
 from llm_distill.objectives import MEASURES, Objective, Term
+from llm_distill.routing import check_routes
 from llm_distill.signals import ModelSpec, Request
 from llm_distill.students import (
-    Made,
     Student,
-    as_local,
+    both_causal,
     refuse_adapted_head,
     student_spec,
+    teacher_for,
 )
-from llm_distill.teachers import Local, Teacher
+from llm_distill.teachers import (
+    DeepToShallow,
+    Itself,
+    Local,
+    Teacher,
+    columns_of,
+    has_device_map,
+    leaves,
+)
 from llm_distill.vocabulary import Tokenizers, check_alignment, settle_tokenizers
 
 if TYPE_CHECKING:
@@ -82,14 +90,20 @@ class Run:
     @property
     def teacher_request(self) -> Request:
         """What the teacher has to give; its logits as well for an evaluation that compares them."""
-        return binding.teacher_request(self.terms) | Request(logits=self._compares)
+        asked = self._evaluates and self.compares
+        return binding.teacher_request(self.terms) | Request(logits=asked)
 
     @property
     def measured(self) -> tuple[str, ...]:
         """Those of `MEASURES` that an evaluation takes."""
-        if self.teacher_request.logits:
+        if self.teacher_request.logits and self.compares:
             return MEASURES
         return OWN if self._evaluates else ()
+
+    @property
+    def compares(self) -> bool:
+        """Whether the logits of two models can be compared token by token."""
+        return _compares(self.tokenizers, self.teacher)
 
     @property
     def _evaluates(self) -> bool:
@@ -97,15 +111,10 @@ class Run:
         return self.kwargs.get("eval_dataset") is not None
 
     @property
-    def _compares(self) -> bool:
-        """Whether an evaluation compares the logits of both models."""
-        return self._evaluates and self.tokenizers.theirs is None
-
-    @property
     def opening_request(self) -> Request:
         """What the teacher may be asked for: in the training, and before it by what data decide."""
-        specs = self.student, self.teacher.spec
-        return binding.opening_request(self.objectives, self.terms, specs, compared=self._compares)
+        specs, compared = (self.student, self.teacher.spec), self._evaluates and self.compares
+        return binding.opening_request(self.objectives, self.terms, specs, compared=compared)
 
     @property
     def collator(self) -> RowCollator:
@@ -121,7 +130,13 @@ class Run:
             theirs=None if retold is None else RowCollator(retold, shift=self.shift, valid=True),
             named=recall.looks_up(self.teacher),
             lookup=recall.lookup_of(self.teacher) if self.opening_request.logits else None,
+            columns=self.columns,
         )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the data that the teacher reads beside the tokens."""
+        return columns_of(self.teacher)
 
 
 def prepare_run(
@@ -138,13 +153,15 @@ def prepare_run(
     Raises:
         InputError: Saying what was asked, what there is, and what to write instead.
     """
-    master = teacher if isinstance(teacher, Teacher) else Local(teacher)
-    check_arguments(args, kwargs, spread=has_device_map(master))
-    if _weights(model) is not None and _weights(model) is _weights(master):
+    spec = teacher if isinstance(teacher, Itself | Teacher) else Local(teacher)
+    check_arguments(args, kwargs, spread=has_device_map(spec))
+    master = teacher_for(model, spec, adapted=adapter is not None)
+    if _weights(model) is not None and any(_weights(model) is _weights(t) for t in leaves(master)):
         raise InputError("model and teacher are one object; give the teacher a copy of its own")
     student = student_spec(model, master.config)
     given, objectives = objectives, binding.ready(objectives, student, master.spec)
     terms = binding.bind(objectives, student, master.spec, seed=args.seed)
+    binding.check_itself(master, objectives, terms)
     binding.check_optimizers(terms, kwargs.get("optimizers", (None, None)))
     recall.check(master, objectives, terms, student)
     if kwargs.get("eval_dataset") is not None or binding.reads_logits(terms):
@@ -153,22 +170,18 @@ def prepare_run(
         check_checkpointing(args)
     if kwargs.get("train_dataset") is not None:
         check_batches(terms, args)
-    shift = _shift(model, master)
+    shift = both_causal(model, master)
     filled = dict(kwargs)
     found = settle_tokenizers(model, master, student, filled.get("processing_class"))
     check_alignment(found, objectives, terms, causal=shift)
-    settle_best_metric(args, filled.get("eval_dataset"), compared=found.theirs is None)
-    filled["processing_class"] = tokenizer = found.ours
-    positions = found.positions(student, master.spec)
-    seen: dict[str, Prepared] = {}
-    collator = filled.get("data_collator")
-    for name in ("train_dataset", "eval_dataset"):
-        dataset, own = filled.get(name), collator is not None
-        filled[name] = tokenised(dataset, tokenizer, positions, seen, name, keep_tokens=own)
-    if collator is None:
-        filled["data_collator"] = (
-            Collator.of(tokenizer) if tokenizer is not None else Collator(pad_token_id=0)
-        )
+    settle_best_metric(
+        args,
+        filled.get("eval_dataset"),
+        compared=_compares(found, master),
+        itself=isinstance(master, Itself),
+    )
+    filled["processing_class"] = found.ours
+    seen = _fill_data(filled, master, found.positions(student, master.spec))
     run = Run(
         model,
         student,
@@ -186,6 +199,35 @@ def prepare_run(
     return run
 
 
+def _fill_data(
+    filled: dict[str, Any], master: Teacher, positions: int | None
+) -> dict[str, Prepared]:
+    """Datasets as tokens and a collator, in the place of what was given; what became of the rows.
+
+    Raises:
+        InputError: For data of no use, or that do not say which teacher is theirs.
+    """
+    seen: dict[str, Prepared] = {}
+    tokenizer, collator = filled["processing_class"], filled.get("data_collator")
+    for name in ("train_dataset", "eval_dataset"):
+        dataset, own = filled.get(name), collator is not None
+        check_routes(master, dataset, name)
+        keep = columns_of(master)
+        filled[name] = tokenised(
+            dataset, tokenizer, positions, seen, name, keep_tokens=own, keep=keep
+        )
+    if collator is None:
+        filled["data_collator"] = (
+            Collator.of(tokenizer) if tokenizer is not None else Collator(pad_token_id=0)
+        )
+    return seen
+
+
+def _compares(found: Tokenizers, teacher: Teacher) -> bool:
+    """Whether there are logits of two models, of the same tokens."""
+    return found.theirs is None and not isinstance(teacher, DeepToShallow)
+
+
 def _told(
     student: ModelSpec,
     teacher: Teacher,
@@ -197,20 +239,7 @@ def _told(
     if student.blocks is not None:
         blocks = ", ".join(map(str, student.blocks))
         said.append(f"student: blocks {blocks} of the {teacher.spec.depth} of {teacher.spec.name}")
-    faded = [
-        type(b).__name__ for a, b in zip(given, objectives, strict=True) if a.weight != b.weight
-    ]
-    if faded:
-        said.append(
-            f"{', '.join(faded)}: fading to 0 at {mapping.FADED:.0%} of the training, since the "
-            "student starts from random weights; a schedule of your own is taken as it is"
-        )
-    return tuple(said)
-
-
-def has_device_map(teacher: Teacher) -> bool:
-    """Whether a teacher may lie on several devices of this process."""
-    return isinstance(teacher, Local) and teacher.device_map is not None
+    return (*said, *mapping.told_fading(given, objectives))
 
 
 def _weights(model: object) -> nn.Module | None:
@@ -219,11 +248,15 @@ def _weights(model: object) -> nn.Module | None:
     return plain(inner) if isinstance(inner, nn.Module) else None
 
 
-def readable(example: Any, args: TrainingArguments) -> Any:  # noqa: ANN401  what a collator takes
-    """An example without the columns that Trainer takes away."""
+def readable(
+    example: Any,  # noqa: ANN401  what a collator takes
+    args: TrainingArguments,
+    columns: Sequence[str] = (),
+) -> Any:  # noqa: ANN401  the same
+    """An example without the columns that Trainer takes away; some stay besides."""
     if not args.remove_unused_columns or not isinstance(example, Mapping):
         return example
-    return {key: example[key] for key in COLUMNS if key in example}
+    return {key: example[key] for key in (*COLUMNS, *columns) if key in example}
 
 
 def _check_training_data(run: Run, args: TrainingArguments) -> None:
@@ -250,7 +283,7 @@ def _check_training_data(run: Run, args: TrainingArguments) -> None:
     recall.check_data(run.teacher, tokenizer, datasets, run.collator, read)
     batch = first_batch(
         run.collator,
-        (readable(example, args) for example in first_of(dataset, CHECKED)),
+        (readable(example, args, run.columns) for example in first_of(dataset, CHECKED)),
         rows_needed=any(term.rows == "supervised" for term in run.terms.values()),
     )
     if batch is not None:
@@ -265,26 +298,3 @@ def _check_masked(run: Run, batch: Mapping[str, Any]) -> None:
             f"the student {run.student.name} is a masked language model and nothing in the "
             "training data is masked; give data_collator=DataCollatorForLanguageModeling(tokenizer)"
         )
-
-
-def _shift(model: Student, teacher: Teacher) -> bool:
-    """Whether both models are causal.
-
-    Raises:
-        InputError: If one is and the other is not.
-    """
-    theirs = _causal(teacher)
-    ours = theirs if isinstance(model, Made) else _causal(as_local(model))
-    if ours != theirs:
-        kinds = ["causal" if causal else "masked" for causal in (ours, theirs)]
-        raise InputError(
-            f"the student is a {kinds[0]} language model and the teacher a {kinds[1]} one; take "
-            "two of one kind"
-        )
-    return ours
-
-
-def _causal(spec: Teacher) -> bool:
-    """Whether a model is a causal one, by its class or by what its config was saved from."""
-    loaded = getattr(spec, "model", None)
-    return predicts_next(loaded) if isinstance(loaded, nn.Module) else not is_masked(spec.config)

@@ -8,7 +8,7 @@ and moves to the device with the batch.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -83,6 +83,27 @@ class Rows:
             host_position=self.host_position.index_select(0, places),
         )
 
+    def only(self, sequences: Sequence[int], length: int) -> Rows:
+        """The rows of some sequences, which become a batch of their own.
+
+        Args:
+            sequences: Ascending.
+            length: Tokens of a padded sequence.
+        """
+        counts = [self.per_sequence[k] if k < len(self.per_sequence) else 0 for k in sequences]
+        chosen = torch.zeros(max([*sequences, len(self.per_sequence)]) + 1, dtype=torch.bool)
+        chosen[list(sequences)] = True
+        sizes = torch.tensor(self.per_sequence, dtype=torch.long)
+        owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        few = self.at(chosen[owner].nonzero()[:, 0])
+        new = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        sequence = new.to(self.index.device, non_blocking=True)
+        starts = tuple(self.starts[k] for k in sequences) if self.starts else ()
+        index = sequence * length + few.position
+        return replace(
+            few, index=index, sequence=sequence, per_sequence=tuple(counts), starts=starts
+        )
+
     def _each(self, move: Callable[[Tensor], Tensor]) -> Rows:
         """Apply a function to every tensor."""
         return replace(
@@ -128,6 +149,7 @@ class Batch:
         theirs: The same sequences in the teacher's own tokens, where its tokenizer is another.
         examples: Their names, by which a cache finds them; None where nobody looks them up.
         told: What a cache has of the supervised rows, where it was read with the batch.
+        columns: What the data say of each sequence besides, as text, on the host.
         picked: What was chosen already (`llm_distill.picks`).
     """
 
@@ -139,6 +161,7 @@ class Batch:
     theirs: Batch | None = None
     examples: Examples | None = None
     told: TopK | Counts | Tensor | None = None
+    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     picked: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def to(self, device: torch.device | str) -> Batch:
@@ -152,6 +175,33 @@ class Batch:
             None if self.theirs is None else self.theirs.to(device),
             self.examples,
             None if self.told is None else self.told.to(device),
+            self.columns,
+        )
+
+    def only(self, sequences: Sequence[int]) -> Batch:
+        """Some sequences as a batch of their own; queries are left out.
+
+        Args:
+            sequences: Ascending.
+        """
+        ids = self.inputs["input_ids"]
+        size, length = ids.shape[:2]
+        chosen = torch.tensor(list(sequences), device=ids.device)
+        inputs = {
+            name: value.index_select(0, chosen) if value.shape[:1] == (size,) else value
+            for name, value in self.inputs.items()
+        }
+        valid = None if self.valid is None else self.valid.only(sequences, length)
+        keys = tuple(self.draw.keys[k] for k in sequences if k < len(self.draw.keys))
+        return Batch(
+            inputs,
+            self.supervised.only(sequences, length),
+            valid,
+            draw=replace(self.draw, keys=keys),
+            examples=None if self.examples is None else self.examples.only(sequences),
+            columns={
+                name: tuple(values[k] for k in sequences) for name, values in self.columns.items()
+            },
         )
 
     @property

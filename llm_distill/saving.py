@@ -29,6 +29,7 @@ STUDENT = "student."
 TERMS = "terms."
 BALANCE = "balance."
 TERMS_FILE = "terms.safetensors"
+TEACHER_FILE = "teacher.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
@@ -60,6 +61,40 @@ def save_terms(distiller: Distiller, folder: Path, state: Mapping[str, Tensor] |
     if own or _moving(distiller):
         tensors = {k: v.contiguous().cpu() for k, v in own.items()}
         save_file(tensors, folder / TERMS_FILE, metadata={"maps": _maps(distiller)})
+
+
+def save_teacher(distiller: Distiller, folder: Path) -> None:
+    """Write what a teacher within has learned (a moving mean), for resuming."""
+    own = {} if distiller.within is None else distiller.within.learned()
+    if own:
+        tensors = {name: weight.detach().cpu().contiguous() for name, weight in own.items()}
+        save_file(tensors, folder / TEACHER_FILE)
+
+
+def load_teacher(distiller: Distiller, folder: Path) -> None:
+    """Read what a teacher within has learned.
+
+    Raises:
+        FileNotFoundError: If the checkpoint does not have it.
+        ValueError: If it is of another student.
+    """
+    own = {} if distiller.within is None else distiller.within.learned()
+    if not own:
+        return
+    path = folder / TEACHER_FILE
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: the teacher of this run would start anew as the student is now; "
+            "resume from another checkpoint, or start over"
+        )
+    found = load_file(path)
+    if found.keys() != own.keys():
+        raise ValueError(
+            f"{path} does not fit the teacher: {sorted(found.keys() ^ own.keys())} are of one only"
+        )
+    with torch.no_grad():
+        for name, weight in own.items():
+            weight.copy_(found[name])
 
 
 def load_student(distiller: Distiller, folder: Path) -> None:

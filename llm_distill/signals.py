@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from llm_distill.attention import Heads
 from llm_distill.kinds import is_masked
+from llm_distill.losses.blending import Combined
 from llm_distill.losses.projection import Finish, Projection
+from llm_distill.losses.several import Sparse
 from llm_distill.losses.softmax import wide
-from llm_distill.losses.sparse import Counts, TopK
 from llm_distill.provenance import Provenance
+from llm_distill.shapes import attends_by, head_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -32,6 +34,9 @@ class Request:
             norm.
         heads: Blocks 1..depth whose attention is wanted.
         relations: Those whose queries, keys and values are wanted whole; they are in `heads` too.
+        members: What is wanted of single members of several teachers, ascending by their numbers.
+        exits: Layers of a student whose states are wanted as next-token distributions, through its
+            own final norm and head.
 
     >>> (Request(hidden=frozenset({2})) | Request(logits=True)).hidden
     frozenset({2})
@@ -41,6 +46,8 @@ class Request:
     hidden: frozenset[int] = frozenset()
     heads: frozenset[int] = frozenset()
     relations: frozenset[int] = frozenset()
+    members: tuple[tuple[int, Request], ...] = ()
+    exits: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         """Whoever looks for blocks whose attention is read looks at `heads`."""
@@ -53,7 +60,21 @@ class Request:
             self.hidden | other.hidden,
             self.heads | other.heads,
             self.relations | other.relations,
+            tuple(
+                (k, self.member(k) | other.member(k))
+                for k in sorted({k for k, _ in (*self.members, *other.members)})
+            ),
+            self.exits | other.exits,
         )
+
+    def member(self, number: int) -> Request:
+        """What is wanted of one member."""
+        return dict(self.members).get(number, Request())
+
+    def within(self, member: int | None) -> Request:
+        """The same, wanted of a member of several teachers; None: of the teacher itself."""
+        nothing = member is None or self == Request()
+        return self if nothing else Request(members=((cast("int", member), self),))
 
     @property
     def top(self) -> int:
@@ -80,6 +101,7 @@ class ModelSpec:
         blocks: The teacher's block behind each of its own, for a student that was cut from it.
         fresh: Whether its weights are random.
         masked: Whether it is a masked language model.
+        members: Those of several teachers, each of which has layers of its own.
     """
 
     name: str
@@ -96,6 +118,11 @@ class ModelSpec:
     blocks: tuple[int, ...] | None = None
     fresh: bool = False
     masked: bool = False
+    members: tuple[ModelSpec, ...] = ()
+
+    def member(self, number: int | None) -> ModelSpec:
+        """One of several teachers; itself for None."""
+        return self if number is None else self.members[number]
 
     @classmethod
     def of(cls, config: PreTrainedConfig, name: str) -> ModelSpec:
@@ -103,7 +130,7 @@ class ModelSpec:
         text = config.get_text_config(decoder=True)
         positions = getattr(text, "max_position_embeddings", None)
         cut = Provenance.read(config)
-        heads, kv_heads, head_dim, value_dim = _head_shapes(text)
+        heads, kv_heads, head_dim, value_dim = head_shapes(text)
         return cls(
             name=name,
             kind=str(text.model_type),
@@ -112,7 +139,7 @@ class ModelSpec:
             heads=heads,
             vocabulary=int(text.vocab_size),
             positions=int(positions) if positions else None,
-            attends=_attends(config),
+            attends=attends_by(config),
             kv_heads=kv_heads,
             head_dim=head_dim,
             value_dim=value_dim,
@@ -196,8 +223,8 @@ class Dense:
 Whole = Factored | Dense
 """Logits of the whole vocabulary: as hidden states and head, or ready made."""
 
-Distribution = Whole | TopK | Counts
-"""Whole, or a few tokens of each row."""
+Distribution = Whole | Combined | Sparse
+"""Whole, of one teacher or of several, or a few tokens of each row."""
 
 
 @dataclass(frozen=True)
@@ -206,12 +233,20 @@ class Signals:
 
     Attributes:
         source: Who speaks, for messages.
+        members: What each of several teachers said, where it was asked for layers.
+        exits: Next-token distributions of layers below the last.
     """
 
     source: str
     distribution: Distribution | None = None
     states: Mapping[int, Tensor] = field(default_factory=dict)
     attention: Mapping[int, Heads] = field(default_factory=dict)
+    members: tuple[Signals, ...] = ()
+    exits: Mapping[int, Whole] = field(default_factory=dict)
+
+    def member(self, number: int | None) -> Signals:
+        """What one of several teachers said; everything for None."""
+        return self if number is None else self.members[number]
 
     @property
     def logits(self) -> Distribution:
@@ -226,7 +261,7 @@ class Signals:
     def whole(self) -> Whole:
         """The same, of a model that gives them whole."""
         found = self.logits
-        if isinstance(found, TopK | Counts):
+        if not isinstance(found, Factored | Dense):
             raise LookupError(
                 f"{self.source} gives {type(found).__name__} targets, and whole logits are asked "
                 "for; take a teacher that gives them"
@@ -250,26 +285,3 @@ class Signals:
                 f"{sorted(self.attention)}"
             )
         return self.attention[layer]
-
-
-def _head_shapes(text: Any) -> tuple[int, int, int, int]:  # noqa: ANN401  configs differ
-    """Query heads, heads of keys and values, and features of one head of either."""
-    heads = int(getattr(text, "num_attention_heads", None) or 0)
-    if not heads:
-        return 0, 0, 0, 0
-    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-    width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    # Latent attention (DeepSeek) has other widths for queries and keys than for values.
-    query = int(getattr(text, "qk_head_dim", None) or width)
-    return heads, kv_heads, query, int(getattr(text, "v_head_dim", None) or width)
-
-
-def _attends(config: PreTrainedConfig) -> bool:
-    """Whether the class behind a config calls its attention through transformers' interface."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-
-    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING):
-        if type(config) in mapping:
-            kind: Any = mapping[type(config)]
-            return bool(kind._can_set_attn_implementation())
-    return True

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from llm_distill import binding
 from llm_distill.checkpointing import StudentTrainer
-from llm_distill.distiller import Slopes
+from llm_distill.outcomes import Slopes
 from llm_distill.preparation import make_batch
 from llm_distill.rows import Batch, Step
 from llm_distill.signals import Request, Signals
+from llm_distill.teachers import Within
 from llm_distill.weighing import sent
 
 if TYPE_CHECKING:
@@ -101,8 +102,10 @@ class StepTrainer(StudentTrainer):
         """Share of the training that is done."""
         return self.state.global_step / max(self.state.max_steps, 1)
 
-    def _taught(self, batch: Batch, asked: Request | None = None) -> Signals:
+    def _taught(self, batch: Batch, asked: Request | None = None) -> Signals | None:
         """What the teacher says; it does not run where no term listens, as under cross-entropy.
+
+        None of one that speaks inside the forward.
 
         Args:
             batch: As the student reads it.
@@ -110,6 +113,8 @@ class StepTrainer(StudentTrainer):
         """
         if (binding.teacher_request(self.run.terms) if asked is None else asked) == Request():
             return Signals(f"teacher {self.run.teacher.spec.name}")
+        if isinstance(self._source, Within):
+            return None
         return self._source(batch.for_teacher)
 
     # Items

@@ -58,6 +58,7 @@ def survey(
     args: TrainingArguments,
     *,
     kept: bool = True,
+    member: int | None = None,
 ) -> LayerEvidence:
     """What the layer strategies of a run ask for; measured once, then read from its folder.
 
@@ -68,11 +69,13 @@ def survey(
         args: Seed, device, and the folder.
         kept: Whether figures are read from the folder and written to it; not those of a student
             that has been trained since it was loaded.
+        member: Which of several teachers is looked at.
 
     Returns:
         Similarities; None where nobody asks for them, or the data are too few to tell.
     """
-    asked = mapping.requests(run.objectives, run.student, run.teacher.spec)
+    own = [o for o in run.objectives if mapping.member_of(o) == member]
+    asked = mapping.requests(own, run.student, run.teacher.spec)
     told = LayerEvidence(blocks=run.student.blocks)
     if asked == (Request(), Request()) or run.kwargs.get("train_dataset") is None:
         return told
@@ -87,7 +90,7 @@ def survey(
         training = student.training
         student.eval()
         try:
-            found = _measure(batches, student, source, asked, run.student.name)
+            found = _measure(batches, student, source, asked, run.student.name, member)
         finally:
             student.train(training)
         if key is not None and args.should_save and found:
@@ -102,14 +105,16 @@ def _measure(
     source: Source,
     asked: tuple[Request, Request],
     name: str,
+    member: int | None,
 ) -> dict[str, Similarity]:
     """Similarity of teacher layers, and of student with teacher layers where that is asked."""
     gathered = Similarities()
+    wanted = asked[1] if member is None else asked[1].member(member)
     reader = Reader(student, asked[0], f"student {name}") if asked[0] != Request() else None
     for batch in batches:
         picked = _picked(batch, crossed=reader is not None)
-        heard = source(batch.for_teacher)
-        theirs = _members(heard, picked.for_teacher, asked[1])
+        heard = source(batch.for_teacher).member(member)
+        theirs = _members(heard, picked.for_teacher, wanted)
         own: list[Tensor] = []
         if reader is not None:
             own = _members(reader.read(batch), picked, asked[0])
@@ -144,7 +149,7 @@ def _batches(run: Run, args: TrainingArguments, *, crossed: bool) -> Iterator[Ba
     dataset = cast("Iterable[Any]", run.kwargs["train_dataset"])
     pooled = crossed and run.tokenizers.theirs is not None
     first = head(dataset, POOLED if pooled else SEQUENCES)
-    examples = [_short(readable(example, args)) for example in first]
+    examples = [_short(readable(example, args, run.columns)) for example in first]
     size = max(1, -(-len(examples) // SETS))
     collate = replace(run.collator, valid=True)
     with torch.random.fork_rng(devices=[]):

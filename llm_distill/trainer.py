@@ -19,12 +19,14 @@ from llm_distill.balance.base import settle
 from llm_distill.calibration import calibrate
 from llm_distill.distiller import Distiller
 from llm_distill.evaluation import Tally, evaluation_metrics, own_sequences
+from llm_distill.following import Follow
 from llm_distill.ledger import AfterStep, Ledger, Ranks, logs_next
 from llm_distill.objectives import MEASURES, CrossEntropy, Logits, Objective
 from llm_distill.preparation import COLUMNS, make_batch, prepare_run
 from llm_distill.rows import Step
 from llm_distill.steps import StepTrainer
 from llm_distill.students import Student, load_student
+from llm_distill.teachers import Itself, Local, Within
 from llm_distill.weighing import Weighing, sent
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
     from llm_distill.balance import BalanceRule
     from llm_distill.preparation import Run
-    from llm_distill.teachers import Teacher
+    from llm_distill.teachers import Source, Teacher
 
 DEFAULT_OBJECTIVES = (CrossEntropy(weight=0.1), Logits())
 
@@ -48,7 +50,9 @@ class DistillTrainer(StepTrainer):
     Args:
         model: The student: a loaded model, a Hub id or path (fp32 master weights), or a spec
             (`FromConfig`, `FromTeacher`, `Local`).
-        teacher: A loaded model, a Hub id or path, or a spec (`Local`, `Cached`).
+        teacher: A loaded model, a Hub id or path, or a spec (`Local`, `Cached`, `Remote`,
+            `Ensemble`, `Routed`, or one that is the student itself: `BornAgain`, `Ema`,
+            `AdapterOff`, `DeepToShallow`).
         objectives: What to match; by default cross-entropy (0.1) and forward KL on the logits.
         args: As for Trainer.
         peft_config: Train an adapter on the student instead of all its weights.
@@ -93,7 +97,7 @@ class DistillTrainer(StepTrainer):
             student = cast(
                 "nn.Module", get_peft_model(cast("PreTrainedModel", student), peft_config)
             )
-        self._source = run.teacher.open(run.opening_request, args.device)
+        self._source = _opened(run, student, args.device)
         run = replace(run, told=(*run.told, *self._source.told))
         make = partial(DistillTrainer, rows_per_chunk=chunk, balance=balance)
         asked, run = run, calibrate(run, student, self._source, args, make)
@@ -104,6 +108,7 @@ class DistillTrainer(StepTrainer):
             run.student.name,
             rows_per_chunk=chunk,
             balance=settle(balance, run.terms, run.student.depth),
+            within=self._source if isinstance(self._source, Within) else None,
         )
         given, use_cache = args.ddp_find_unused_parameters, distiller.config.use_cache
         if given is None:
@@ -121,7 +126,7 @@ class DistillTrainer(StepTrainer):
         self.label_names = ["labels"]
         self._keep_fp32_where_it_counts()
         self._plan = binding.query_plan(run.terms)
-        self._compares = binding.teacher_request(run.terms).logits
+        self._compares = binding.teacher_request(run.terms).logits and run.compares
         decode = getattr(self.processing_class, "decode", None)
         ranks = Ranks(args.device, self._over_ranks, self.accelerator.gather, decode)
         self._weighing = Weighing(run.objectives, run.terms, distiller.balance, args.device)
@@ -132,6 +137,8 @@ class DistillTrainer(StepTrainer):
     def _add_callbacks(self, asked: Run) -> None:
         """What follows a step; `asked` is the run before data decided its maps."""
         self.add_callback(AfterStep(self._ledger))
+        if self.distiller.within is not None and self.distiller.within.follows:
+            self.add_callback(Follow(self.distiller))
         if refreshing.follows(asked.objectives):
             given = asked, self.run, self.distiller.student, self._source
             self.add_callback(refreshing.Refresh(*given, self._show))
@@ -269,4 +276,12 @@ class DistillTrainer(StepTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns that the collator reads, not those of the wrapper's signature."""
-        self._signature_columns: Any = list(COLUMNS)
+        self._signature_columns: Any = [*COLUMNS, *self.run.columns]
+
+
+def _opened(run: Run, student: nn.Module, device: torch.device) -> Source:
+    """The teacher at work; one that is the student itself is made of what was loaded."""
+    teacher = run.teacher
+    if isinstance(teacher, Itself):
+        teacher = teacher.of(Local(cast("PreTrainedModel", student)))
+    return teacher.open(run.opening_request, device)

@@ -14,6 +14,7 @@ from llm_distill.data.retokenize import Retokenizer
 from llm_distill.errors import InputError
 from llm_distill.loading import SAMPLE
 from llm_distill.students import FromTeacher, Made, Student, as_local
+from llm_distill.teachers import Itself, leaves
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from llm_distill.teachers import Teacher
 
 logger = logging.getLogger(__name__)
+
+
+MEMBERS = ("member", "member")
+"""What two of several teachers are called."""
 
 
 @dataclass(frozen=True)
@@ -70,16 +75,14 @@ def settle_tokenizers(
         InputError: For unknown tokenizers with heads of different sizes, heads smaller than their
             tokenizers, or another tokenizer for a student that was cut from its teacher.
     """
-    theirs = teacher.find_tokenizer()
-    ours = given
-    if ours is None:
-        ours = theirs if isinstance(model, Made) else as_local(model).find_tokenizer()
+    _check_members(teacher)
+    ours, theirs = _of_both(model, teacher, given)
     difference = ""
     if ours is not None and theirs is not None:
         if ours is not theirs:
             difference = find_difference(ours, theirs, (student.name, teacher.spec.name))
     else:
-        _check_unknown(student, teacher.spec)
+        _check_unknown(student, teacher)
     if difference and isinstance(model, FromTeacher):
         raise InputError(
             f"{difference}; a student cut from its teacher has the embeddings of the teacher's "
@@ -136,7 +139,10 @@ def check_alignment(
 
 
 def find_difference(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, names: tuple[str, str]
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    names: tuple[str, str],
+    roles: tuple[str, str] = ("student", "teacher"),
 ) -> str:
     """Where two tokenizers do not give one text the same ids; empty where they do.
 
@@ -150,26 +156,67 @@ def find_difference(
     for index in sorted(ours.keys() | theirs.keys()):
         if ours.get(index) != theirs.get(index):
             return (
-                f"the tokenizers differ: token {index} is {ours.get(index)!r} for the student "
-                f"{names[0]} and {theirs.get(index)!r} for the teacher {names[1]}"
+                f"the tokenizers differ: token {index} is {ours.get(index)!r} for the {roles[0]} "
+                f"{names[0]} and {theirs.get(index)!r} for the {roles[1]} {names[1]}"
             )
     one, other = (list(t(SAMPLE).input_ids) for t in (student, teacher))
     if one == other:
         return ""
     place = next(k for k, (a, b) in enumerate(zip_longest(one, other)) if a != b)
     return (
-        f"the tokenizers of the student {names[0]} and the teacher {names[1]} have one "
+        f"the tokenizers of the {roles[0]} {names[0]} and the {roles[1]} {names[1]} have one "
         f"vocabulary and cut text differently: token {place} of {SAMPLE!r} is "
         f"{_token(student, one, place)} and {_token(teacher, other, place)}"
     )
 
 
-def _check_unknown(student: ModelSpec, teacher: ModelSpec) -> None:
+def _check_members(teacher: Teacher) -> None:
+    """Refuse several teachers that do not share a tokenizer: each row is one token to all of them.
+
+    Raises:
+        InputError: Naming two of them and the first token that differs, or heads of other sizes
+            where a tokenizer is not known.
+    """
+    first, *others = leaves(teacher)
+    for other in others:
+        one, two = first.find_tokenizer(), other.find_tokenizer()
+        names = first.spec.name, other.spec.name
+        difference = ""
+        if one is not None and two is not None:
+            difference = "" if one is two else find_difference(one, two, names, MEMBERS)
+        elif first.spec.vocabulary != other.spec.vocabulary:
+            sizes = f"{first.spec.vocabulary} and {other.spec.vocabulary}"
+            difference = f"{names[0]} and {names[1]} have {sizes} tokens, and not both tokenizers"
+            difference += " are known"
+        if difference:
+            raise InputError(
+                f"{teacher.spec.name}: {difference}; several teachers need one tokenizer: take "
+                "models of one family"
+            )
+
+
+def _of_both(
+    model: Student, teacher: Teacher, given: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | None]:
+    """The student's tokenizer and the teacher's, which may be the student itself."""
+    if isinstance(teacher, Itself):
+        own = given if given is not None else teacher.find_tokenizer()
+        return own, own
+    theirs = teacher.find_tokenizer()
+    if given is not None:
+        return given, theirs
+    return theirs if isinstance(model, Made) else as_local(model).find_tokenizer(), theirs
+
+
+def _check_unknown(student: ModelSpec, master: Teacher) -> None:
     """Take equal heads for one vocabulary where not both tokenizers are known, and say so.
 
     Raises:
         InputError: If the heads differ.
     """
+    teacher = master.spec
+    if isinstance(master, Itself):
+        return
     if student.vocabulary != teacher.vocabulary:
         raise InputError(
             f"the student {student.name} has {student.vocabulary} tokens, the teacher "

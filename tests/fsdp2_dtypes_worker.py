@@ -5,7 +5,7 @@ Usage: torchrun … -m tests.fsdp2_dtypes_worker FOLDER
 
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,9 @@ from tests.exactness_worker import objectives
 from tests.fsdp2_on_cpu import fsdp2_on_cpu
 from tests.launch import finish
 
+if TYPE_CHECKING:
+    from llm_distill.outcomes import Outcome
+
 
 def main(folder: Path) -> None:
     """Train one student in bf16, one in fp32."""
@@ -23,7 +26,7 @@ def main(folder: Path) -> None:
     from accelerate.state import AcceleratorState
 
     from llm_distill import DistillTrainer
-    from llm_distill.distiller import Distiller, Outcome
+    from llm_distill.distiller import Distiller
 
     facts: dict[str, Any] = {}
     forward = Distiller.forward

@@ -166,3 +166,40 @@ class TestTheirs:
 
     def test_nothing_is_made_where_nobody_asks(self) -> None:
         assert "theirs" not in collator("right")([])
+
+    def test_columns_are_those_of_the_sequences(self) -> None:
+        retell = Retokenizer(ours=self.OURS, theirs=self.THEIRS)
+        own = RowCollator(
+            Collator(pad_token_id=0),
+            shift=True,
+            valid=True,
+            theirs=RowCollator(retell, shift=True, valid=True),
+            columns=("kind",),
+        )
+        made = own([{"input_ids": self.OURS(text).input_ids, "kind": 1} for text in ("a dog", "a")])
+        assert made["columns"] == made["theirs"]["columns"] == {"kind": ("1", "1")}
+
+
+class TestColumns:
+    """What travels beside the batch."""
+
+    def test_the_inner_collator_does_not_see_them(self) -> None:
+        seen: list[Any] = []
+
+        def inner(examples: list[Any]) -> dict[str, Tensor]:
+            seen.extend(examples)
+            return Collator(pad_token_id=0)(examples)
+
+        rows = [{"input_ids": [5, 6], "kind": "a", "n": 3}, {"input_ids": [7], "kind": "b", "n": 4}]
+        made = RowCollator(inner, shift=True, valid=False, columns=("kind", "n"))(rows)
+        assert made["columns"] == {"kind": ("a", "b"), "n": ("3", "4")}
+        assert [sorted(example) for example in seen] == [["input_ids"], ["input_ids"]]
+        assert "columns" not in RowCollator(inner, shift=True, valid=False)(rows)
+
+    @pytest.mark.parametrize(
+        ("example", "there"), [({"input_ids": [5]}, r"\['input_ids'\]"), ([5], "no names")]
+    )
+    def test_an_example_without_one_is_refused(self, example: Any, there: str) -> None:
+        collate = RowCollator(Collator(pad_token_id=0), shift=True, valid=False, columns=("kind",))
+        with pytest.raises(InputError, match=f"no column 'kind', which names .*; it has {there}"):
+            collate([example])

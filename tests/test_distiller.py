@@ -264,3 +264,58 @@ def test_what_wrappers_look_at() -> None:
         distiller.activation_checkpointing_enable(
             activation_checkpointing_kwargs={"use_reentrant": True}
         )
+
+
+def test_exits_are_passes_of_their_own_and_add_up() -> None:
+    """Loss, sums and gradients against plain autograd through norm and head."""
+    from llm_distill.losses.divergences import forward_kl
+
+    wanted = [
+        Logits(temperature=2.0, exit=1),
+        CrossEntropy(),
+        HiddenStates(),
+        CrossEntropy(exit=1),
+        Logits(),
+    ]
+    shares = [0.3, 0.5, 0.0, 0.7, 0.2]
+    distiller, source, batch = parts(wanted)
+    given = batch(tiny.batch())
+    heard = source(given)
+    outcome = distiller(given, heard, step(shares, measure=True))
+    outcome.loss.backward()
+
+    model = tiny.llama("student")
+    states = model(**given.inputs, output_hidden_states=True).hidden_states
+    rows = [model.model.norm(states[1]), states[2]]
+    shallow, deep = (model.lm_head(state.flatten(0, 1)[given.supervised.index]) for state in rows)
+    told, labels = heard.whole.logits(slice(None)), given.supervised.labels
+    cross = torch.nn.functional.cross_entropy
+    expected = {
+        0: 4 * forward_kl(shallow / 2, told / 2).sum(),
+        1: cross(deep, labels, reduction="sum"),
+        3: cross(shallow, labels, reduction="sum"),
+        4: forward_kl(deep, told).sum(),
+    }
+    for k, value in expected.items():
+        torch.testing.assert_close(outcome.sums[k], value.detach(), rtol=1e-5, atol=1e-5)
+    # The measures, which follow the terms, are of the last layer.
+    torch.testing.assert_close(outcome.sums[5], expected[1].detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outcome.sums[7], expected[4].detach(), rtol=1e-5, atol=1e-5)
+    torch.stack([shares[k] * value for k, value in expected.items()]).sum().backward()
+    own: Any = dict(distiller.student.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(own[name].grad, parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_fault_at_an_exit_is_found() -> None:
+    distiller, source, batch = parts([CrossEntropy(), CrossEntropy(exit=1)])
+    given = batch(tiny.batch())
+    forbid(distiller.student, int(given.supervised.labels[0]))
+    _, _, faults, _ = distiller(given, source(given), step([1.0, 1.0]))
+    assert faults.any()
+
+
+def test_a_teacher_that_is_none_has_to_be_within() -> None:
+    distiller, _, batch = parts([CrossEntropy()])
+    with pytest.raises(ValueError, match="nobody said what the teacher says"):
+        distiller(batch(tiny.batch()), None, step([1.0]))

@@ -12,11 +12,11 @@ from transformers import TrainerControl, TrainerState
 from llm_distill import CrossEntropy, HiddenStates, Logits, Taid
 from llm_distill.balance import gradient, uncertainty
 from llm_distill.binding import bind
-from llm_distill.distiller import Outcome
 from llm_distill.faults import CONTEXT, FIELDS
 from llm_distill.ledger import AfterStep, Ledger, Ranks, logs_next
 from llm_distill.objectives import MEASURES, Term
 from llm_distill.objectives.moving import MovingTerm
+from llm_distill.outcomes import Outcome
 from llm_distill.signals import ModelSpec, Request
 from tests import tiny
 

@@ -51,8 +51,8 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[bool]]:
     def plant(first: LayerEvidence, later: LayerEvidence) -> list[bool]:
         seen: list[bool] = []
 
-        def survey(*args: Any, kept: bool = True) -> LayerEvidence:
-            del args
+        def survey(*args: Any, kept: bool = True, member: int | None = None) -> LayerEvidence:
+            del args, member
             seen.append(kept)
             return first if kept else later
 

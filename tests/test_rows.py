@@ -12,6 +12,7 @@ from llm_distill.queries import sample_queries
 from llm_distill.rows import (
     IGNORED,
     Batch,
+    Draw,
     Rows,
     example_keys,
     supervised_rows,
@@ -223,3 +224,42 @@ def test_a_batch_moves_as_one() -> None:
     bare = Batch({"input_ids": ids}, supervised).to("meta")
     assert bare.valid is None
     assert bare.queries is None
+
+
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("chosen", [[0], [2], [0, 2], [1, 2], [0, 1, 2]])
+def test_some_sequences_are_as_a_batch_of_their_own(
+    side: Side, chosen: list[int], shift: bool
+) -> None:
+    ids, mask, labels = batch(side)
+    columns = {"kind": ("a", "b", "c")}
+    whole = Batch(
+        {"input_ids": ids, "attention_mask": mask, "scale": torch.tensor(2.0)},
+        supervised_rows(ids, mask, labels, shift=shift),
+        valid_rows(ids, mask),
+        draw=Draw(3, 1, example_keys(ids, mask)),
+        columns=columns,
+    )
+    some = whole.only(chosen)
+    ids, mask, labels = (t[chosen] for t in (ids, mask, labels))
+    assert torch.equal(some.inputs["input_ids"], ids)
+    assert some.inputs["scale"] == 2.0
+    assert some.columns == {"kind": tuple(columns["kind"][k] for k in chosen)}
+    assert some.draw == Draw(3, 1, example_keys(ids, mask))
+    assert some.valid is not None
+    for ours, theirs in (
+        (some.supervised, supervised_rows(ids, mask, labels, shift=shift)),
+        (some.valid, valid_rows(ids, mask)),
+    ):
+        for field in fields(Rows):
+            a, b = getattr(ours, field.name), getattr(theirs, field.name)
+            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, field.name
+
+
+def test_sequences_that_do_not_count_have_no_rows() -> None:
+    """In an evaluation the last ones may repeat others, to even out the ranks."""
+    ids, mask, labels = batch("right")
+    rows = supervised_rows(ids, mask, labels, shift=True).first(2)
+    assert rows.only([1, 2], ids.shape[1]).per_sequence == (rows.per_sequence[1], 0)
+    assert len(rows.only([2], ids.shape[1])) == 0

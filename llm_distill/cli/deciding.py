@@ -144,6 +144,12 @@ def mapped(objectives: Sequence[Objective]) -> dict[str, Mapped]:
         InputError: If there is none.
     """
     everything = named(objectives)
+    several = [name for name, o in everything.items() if mapping.member_of(o) is not None]
+    if several:
+        raise InputError(
+            f"{several[0]} maps layers of one of several teachers, and this command draws those of "
+            "one; write that member as the teacher, and leave member out"
+        )
     found = {name: o for name, o in everything.items() if isinstance(o, Mapped)}
     if not found:
         raise InputError(

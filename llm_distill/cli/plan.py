@@ -15,12 +15,11 @@ from llm_distill.data.files import is_local, missing
 from llm_distill.errors import InputError
 from llm_distill.kinds import is_masked
 from llm_distill.objectives import Objective, Term
-from llm_distill.preparation import has_device_map
 from llm_distill.race.candidates import settings_of
 from llm_distill.recipe import Recipe
 from llm_distill.signals import ModelSpec
-from llm_distill.students import refuse_adapted_head, student_spec
-from llm_distill.teachers import Local
+from llm_distill.students import refuse_adapted_head, student_spec, teacher_for
+from llm_distill.teachers import Local, has_device_map
 from llm_distill.vocabulary import Tokenizers, check_alignment, settle_tokenizers
 
 
@@ -66,19 +65,21 @@ def plan(recipe: Recipe, args: TrainingArguments) -> Plan:
     check_arguments(args, {}, spread=has_device_map(recipe.teacher))
     _check_evaluation(recipe, args)
     _check_files(recipe)
-    student = student_spec(recipe.student, recipe.teacher.config)
-    teacher = recipe.teacher.spec
+    master = teacher_for(recipe.student, recipe.teacher, adapted=recipe.peft is not None)
+    student = student_spec(recipe.student, master.config)
+    teacher = master.spec
     objectives = binding.ready(recipe.objectives, student, teacher)
     terms = binding.bind(objectives, student, teacher, seed=args.seed)
     recall.check(recipe.teacher, objectives, terms, student)
+    binding.check_itself(master, objectives, terms)
     settings_of(objectives)  # those of a race are refused
     check_batches(terms, args)
     balance = settle(recipe.balance, terms, student.depth)
-    causal = not is_masked(recipe.teacher.config)
+    causal = not is_masked(master.config)
     if recipe.data.eval is not None or binding.reads_logits(terms):
         adapter = recipe.adapter(causal=causal)
-        refuse_adapted_head(recipe.student, recipe.teacher.config, adapter)
-    tokenizers = settle_tokenizers(recipe.student, recipe.teacher, student, None)
+        refuse_adapted_head(recipe.student, master.config, adapter)
+    tokenizers = settle_tokenizers(recipe.student, master, student, None)
     check_alignment(tokenizers, objectives, terms, causal=causal)
     if tokenizers.ours is None:
         raise InputError(

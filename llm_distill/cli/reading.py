@@ -1,6 +1,7 @@
 """Data and students as a recipe says them, for the commands that open models."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -11,6 +12,7 @@ from llm_distill.cli.console import Screen
 from llm_distill.cli.plan import Plan
 from llm_distill.data import Prepared
 from llm_distill.recipe import Recipe
+from llm_distill.teachers import columns_of
 
 
 def open_screen(args: TrainingArguments) -> Screen:
@@ -29,7 +31,9 @@ def read_data(recipe: Recipe, args: TrainingArguments, planned: Plan, screen: Sc
         InputError: If they are missing, unreadable, or of no use.
     """
     with args.main_process_first(desc="data"):
-        prepared = data.load(recipe.data, planned.tokenizer, max_positions=planned.positions)
+        keep = tuple(dict.fromkeys([*recipe.data.keep, *columns_of(recipe.teacher)]))
+        given = replace(recipe.data, keep=keep)
+        prepared = data.load(given, planned.tokenizer, max_positions=planned.positions)
     screen.say(f"Data: {prepared.report}")
     if prepared.eval_report is not None:
         screen.say(f"Evaluation: {prepared.eval_report}")

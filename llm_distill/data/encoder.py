@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, TypedDict, TypeVar
+from typing import Any, Literal, TypeAlias, TypedDict, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -146,12 +146,14 @@ class StreamEncoder:
     Args:
         encoder: Encodes.
         counter: Counts.
+        keep: Columns that stay, as text.
     """
 
     encoder: Encoder
     counter: Counter
+    keep: tuple[str, ...] = ()
 
-    def __call__(self, columns: Columns, numbers: Sequence[int]) -> dict[str, list[list[int]]]:
+    def __call__(self, columns: Columns, numbers: Sequence[int]) -> dict[str, Any]:
         """Encode a batch to the ``input_ids`` and ``labels`` of the examples that are of use."""
         encoded = self.encoder(columns, numbers)
         self.counter.add(count(encoded))
@@ -159,6 +161,7 @@ class StreamEncoder:
         return {
             "input_ids": [encoded["input_ids"][place] for place in kept],
             "labels": [encoded["labels"][place] for place in kept],
+            **{name: [str(columns[name][place]) for place in kept] for name in self.keep},
         }
 
 

@@ -44,6 +44,7 @@ def tokenised(
     name: str,
     *,
     keep_tokens: bool = False,
+    keep: Sequence[str] = (),
 ) -> Any:  # noqa: ANN401  what it was given
     """`input_ids` and `labels` of a `datasets` object; anything else as it is.
 
@@ -53,6 +54,7 @@ def tokenised(
         positions: Tokens that a sequence may have.
         seen: What became of the rows is added here, under the name.
         name: For messages.
+        keep: Columns that stay beside the tokens.
         keep_tokens: Rows that have tokens stay as they are, for a collator of the user's own.
 
     Raises:
@@ -61,7 +63,13 @@ def tokenised(
     if isinstance(dataset, Mapping):
         return {
             key: tokenised(
-                part, tokenizer, positions, seen, f"{name}[{key}]", keep_tokens=keep_tokens
+                part,
+                tokenizer,
+                positions,
+                seen,
+                f"{name}[{key}]",
+                keep_tokens=keep_tokens,
+                keep=keep,
             )
             for key, part in dataset.items()
         }
@@ -81,7 +89,9 @@ def tokenised(
             "pad; give data_collator=DataCollatorWithFlattening(), or another of your own"
         )
     known = cast("PreTrainedTokenizerBase", tokenizer)  # not read for rows that are tokens already
-    seen[name] = prepare(dataset, Data(max_length=None), known, max_positions=positions)
+    seen[name] = prepare(
+        dataset, Data(max_length=None, keep=tuple(keep)), known, max_positions=positions
+    )
     return seen[name].train
 
 

@@ -1,5 +1,6 @@
 """`load` and `prepare`: the whole way from a spec, or from rows, to tokenised examples."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
@@ -114,22 +115,39 @@ def _prepare_table(
         plain = plain.select(range(min(data.limit, len(plain))))
     encoder = open_encoder(plain[0], data, tokenizer, length)
     used = used_columns(encoder, plain.column_names)
-    table = plain.select_columns(used).map(
+    kept_features = _kept(data, plain.column_names, plain.features)
+    table = plain.select_columns(list(dict.fromkeys([*used, *data.keep]))).map(
         encoder,
         batched=True,
         with_indices=True,
-        remove_columns=used,
-        features=Features(_EXAMPLE | _COUNTED),
+        remove_columns=[column for column in used if column not in data.keep],
+        features=Features(_EXAMPLE | _COUNTED | kept_features),
         num_proc=data.num_proc,
         desc="Tokenising",
     )
-    kept, report = _useful(table, encoder)
+    kept, report = _useful(table, encoder, data.keep)
     if data.eval is None:
         return Prepared(train=kept, eval=None, report=report)
     return _hold_out(kept, report, float(data.eval), data)
 
 
-def _useful(table: Dataset, encoder: Encoder) -> tuple[Dataset, Report]:
+def _kept(data: Data, columns: Sequence[str], features: Features | None) -> dict[str, object]:
+    """The columns that stay, with their types; text where nobody knows them.
+
+    Raises:
+        InputError: For one that is not there.
+    """
+    for column in (column for column in data.keep if column not in columns):
+        raise InputError(
+            f"{data.where} has no column '{column}', which is to be kept; it has "
+            f"{', '.join(columns)}"
+        )
+    return {
+        column: Value("string") if features is None else features[column] for column in data.keep
+    }
+
+
+def _useful(table: Dataset, encoder: Encoder, keep: Sequence[str]) -> tuple[Dataset, Report]:
     """Leave out the examples that teach nothing; count from columns, which a cache has too."""
     supervised = table.data.column("supervised").to_numpy()
     places = np.flatnonzero(supervised)
@@ -144,7 +162,7 @@ def _useful(table: Dataset, encoder: Encoder) -> tuple[Dataset, Report]:
     )
     _check(counts, encoder, f"the {counts.examples:,} examples")
     report = Report(**counts._asdict(), max_length=encoder.max_length)
-    return kept.select_columns(list(_EXAMPLE)), report
+    return kept.select_columns([*_EXAMPLE, *keep]), report
 
 
 def _hold_out(kept: Dataset, report: Report, fraction: float, data: Data) -> Prepared:
@@ -172,17 +190,19 @@ def _prepare_stream(
         raise InputError(f"{data.where} holds no examples")
     encoder = open_encoder(first[0], data, tokenizer, length)
     used = used_columns(encoder, list(first[0]))
+    kept_features = _kept(data, list(first[0]), None)
     encoded = encoder({name: [row.get(name) for row in first] for name in used}, range(len(first)))
     counts = count(encoded)
     _check(counts, encoder, f"the first {counts.examples:,} examples of the stream")
     counter = Counter(length)
-    train = stream.select_columns(used).map(
-        StreamEncoder(encoder=encoder, counter=counter),
+    read_columns = list(dict.fromkeys([*used, *data.keep]))
+    train = stream.select_columns(read_columns).map(
+        StreamEncoder(encoder=encoder, counter=counter, keep=data.keep),
         batched=True,
         batch_size=_STREAM_BATCH,
         with_indices=True,
-        remove_columns=used,
-        features=Features(_EXAMPLE),
+        remove_columns=read_columns,
+        features=Features(_EXAMPLE | kept_features),
     )
     report = Report(**counts._asdict(), max_length=length, stream=True)
     return Prepared(train=train, eval=None, report=report, counter=counter)

@@ -28,6 +28,8 @@ class Data:
             tokenizer keeps its own: this is for reading the data.
         limit: At most this many examples are read, of the training and of the evaluation data.
         num_proc: Processes that tokenise. None: this one.
+        keep: Columns that stay beside the tokens. Those that a teacher reads (`Routed: by`) stay
+            by themselves.
         shuffle_seed: Which examples a fraction in ``eval`` holds out.
 
     Raises:
@@ -48,6 +50,7 @@ class Data:
     limit: int | None = None
     num_proc: int | None = None
     shuffle_seed: int = 0
+    keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the ranges."""

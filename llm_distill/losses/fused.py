@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llm_distill.losses.blending import Blend, Combined, Switch
 from llm_distill.losses.closed import closed_form
 from llm_distill.losses.gradients import Gradients, scaled
 from llm_distill.losses.launching import launch, on_chip
@@ -21,15 +22,15 @@ from llm_distill.losses.pairs import Scratch
 from llm_distill.losses.planning import headroom, plan
 from llm_distill.losses.projection import Finish, Projection
 from llm_distill.losses.scoring import Job, Side, Target, faulty, score
-from llm_distill.losses.sparse import Counts, TopK
+from llm_distill.losses.several import Sparse, each
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from llm_distill.losses.rowwise import RowTerm
 
-Teacher = Projection | Tensor | TopK | Counts
-"""Whole logits as a projection or `[N, V']`, or a sparse target."""
+Teacher = Projection | Tensor | Combined | Sparse
+"""Whole logits as a projection, `[N, V']` or of several teachers, or a sparse target."""
 
 HALF = 2
 """Bytes of an fp16 or bf16 number."""
@@ -103,8 +104,10 @@ def _check(
         )
     if shares.shape != (len(terms),):
         raise ValueError(f"{len(terms)} terms with shares {list(shares.shape)}; write one for each")
-    if isinstance(teacher, TopK | Counts) and teacher.ids.device.type == "cpu" and rows:
-        highest = int(teacher.ids.max())  # on a GPU, to ask would be to wait for it
+    for part in each(teacher) if isinstance(teacher, Sparse) and rows else ():
+        if part.ids.device.type != "cpu":  # on a GPU, to ask would be to wait for it
+            continue
+        highest = int(part.ids.max())
         if highest >= student.vocabulary:
             raise ValueError(
                 f"the teacher tells of token {highest}, and the student has {student.vocabulary}; "
@@ -162,7 +165,9 @@ class _Work:
         self.finish, self.labels, self.terms, self.chunk = finish, labels, terms, chunk
         self.dtype = dtype
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self.teacher = teacher.to(dtype) if isinstance(teacher, Projection) else teacher
+        self.teacher = teacher
+        if isinstance(teacher, Projection | Blend | Switch):
+            self.teacher = teacher.to(dtype)
 
     def job(self, student: Projection, shares: Tensor, *, wanted: bool) -> Job:
         """How a chunk is scored."""
@@ -189,7 +194,7 @@ class _Work:
     @property
     def teacher_vocabulary(self) -> int:
         """Columns of the teacher's logits; 0 where they are not whole."""
-        if isinstance(self.teacher, Projection):
+        if isinstance(self.teacher, Projection | Blend | Switch):
             return self.teacher.vocabulary
         return self.teacher.shape[1] if isinstance(self.teacher, Tensor) else 0
 
@@ -197,7 +202,9 @@ class _Work:
         """What the teacher says of a chunk."""
         if isinstance(self.teacher, Projection) and out is not None:
             return self.teacher.product(rows, out)
-        if isinstance(self.teacher, TopK | Counts):
+        if isinstance(self.teacher, Blend | Switch):
+            return self.teacher.chunk(rows)
+        if isinstance(self.teacher, Sparse):
             return self.teacher.rows(rows)
         return self.teacher[rows] if isinstance(self.teacher, Tensor) else None
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llm_distill.losses import kernels
+from llm_distill.losses.blending import Blend, Switch
 from llm_distill.losses.planning import Group, Plan
 from llm_distill.losses.rowwise import Tempered
 from llm_distill.losses.scoring import Job, Side, Target, score
@@ -43,7 +44,13 @@ class Launch:
         """As `scoring.score`."""
         if self.measured is not None:
             score(z, target, labels, values, self.measured)
-        teacher = target if isinstance(target, Tensor) and self.place is not None else None
+        teacher = None
+        if self.place is not None and isinstance(target, Blend | Switch):
+            # Blocks of the vocabulary would each need the whole of every teacher's softmax.
+            width = min(z.shape[1], target.vocabulary)
+            teacher = target.logits(width, self.spec.temperature, labels)
+        elif self.place is not None and isinstance(target, Tensor):
+            teacher = target
         value, nll = kernels.score(z, teacher, labels, self.spec)
         if self.place is not None:
             values[self.place] = value * self.factor

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from llm_distill.losses.closed import Form, closed_form
 from llm_distill.losses.divergences import forward_kl
 from llm_distill.losses.rowwise import Alone, Nll, RowTerm, Tempered
-from llm_distill.losses.sparse import Counts, TopK
+from llm_distill.losses.several import Sparse, each
+from llm_distill.losses.sparse import Counts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,7 +86,7 @@ def plan(
             continue
         if isinstance(term, Alone):
             free.append((place, term))
-        elif isinstance(teacher, TopK | Counts):
+        elif isinstance(teacher, Sparse):
             coarse.append((place, _sparse(term, teacher)))
         elif isinstance(term, Tempered) and teacher is None:
             raise ValueError("a divergence needs the teacher's logits, and there are none")
@@ -131,7 +132,7 @@ def _label(groups: list[Group], labels: tuple[int, ...], vocabulary: int) -> Non
     groups.append(Group(vocabulary, (), labels))
 
 
-def _sparse(term: RowTerm, teacher: TopK | Counts) -> Tempered:
+def _sparse(term: RowTerm, teacher: Sparse) -> Tempered:
     """A term that a sparse teacher can serve.
 
     Raises:
@@ -143,7 +144,7 @@ def _sparse(term: RowTerm, teacher: TopK | Counts) -> Tempered:
             "logits; write Logits(loss=…), or take a teacher that gives them"
         )
     plain = term.loss is forward_kl and term.temperature == 1.0 and term.mix is None
-    if isinstance(teacher, Counts) and not plain:
+    if any(isinstance(part, Counts) for part in each(teacher)) and not plain:
         raise ValueError(
             "the teacher gives sampled tokens, which are unbiased for forward_kl at temperature 1 "
             f"alone, and the term is {term}; write Logits(loss=forward_kl), or take a teacher that "

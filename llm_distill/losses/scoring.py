@@ -10,26 +10,30 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
+from llm_distill.losses.blending import Blend, Combined, Switch
 from llm_distill.losses.closed import Form
 from llm_distill.losses.gathered import coarse_score, differentiate, sampled_score
 from llm_distill.losses.pairs import Pair, Scratch, Total, log_total
 from llm_distill.losses.planning import Group, Member, Plan
 from llm_distill.losses.projection import Finish
+from llm_distill.losses.rowwise import Tempered
+from llm_distill.losses.several import Several, Sparse
 from llm_distill.losses.sparse import Counts, TopK
 
 if TYPE_CHECKING:
-    from llm_distill.losses.rowwise import Tempered
+    from llm_distill.losses.rowwise import RowTerm
 
 INFINITE = 1e8
 """Nats per row from which a value counts as infinite: a logit of -inf stands for -1e30."""
 
-Target = Tensor | TopK | Counts | None
-"""What the teacher says of a chunk: its product `[n, V']`, a sparse target, or nothing."""
+Target = Tensor | Combined | Sparse | None
+"""What the teacher says of a chunk: its product `[n, V']`, those of several, a sparse target, or
+nothing."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,10 @@ class Job:
         return looks == 1 and self.student.finish.softcap is None
 
 
+_SLICED = (Blend, Switch, TopK, Counts, Several)
+"""Targets that hand out rows themselves."""
+
+
 def score(z: Tensor, target: Target, labels: Tensor, values: Tensor, job: Job) -> None:
     """Values of a chunk, and its gradient in the place of its logits.
 
@@ -95,7 +103,7 @@ def score(z: Tensor, target: Target, labels: Tensor, values: Tensor, job: Job) -
     parts = z.split(job.rows), labels.split(job.rows), values.split(job.rows, 1)
     for k, part in enumerate(zip(*parts, strict=True)):
         rows = slice(k * job.rows, (k + 1) * job.rows)
-        said = target.rows(rows) if isinstance(target, TopK | Counts) else target
+        said = target.rows(rows) if isinstance(target, _SLICED) else target
         _Block(*part, said[rows] if isinstance(said, Tensor) else said, job).run()
     bad = faulty(values[: len(job.shares)])
     elsewhere = bad.device.type != "cpu"  # to ask a GPU would be to wait for it
@@ -130,7 +138,7 @@ class _Block:
         """All terms; then the gradient takes the place of the logits."""
         plan, last = self.job.plan, len(self.job.plan.groups) - 1
         for place, term in plan.free:
-            given = (self.s, self.t if isinstance(self.target, Tensor) else None, self.labels)
+            given = (self.s, self._told(term), self.labels)
             self._take(place, *differentiate(term, *given, wanted=self._trained(place)))
         for place, divergence in plan.coarse:
             self._take(place, *self._coarse(place, divergence))
@@ -138,6 +146,14 @@ class _Block:
             self._closed(group, last=k == last)
         if self.job.wanted:
             self._hand_over()
+
+    def _told(self, term: RowTerm) -> Tensor | None:
+        """What the teacher says, as a term is to see it: whole logits, or nothing."""
+        if isinstance(self.target, Blend | Switch):
+            width = min(self.z.shape[1], self.target.vocabulary)
+            temperature = term.temperature if isinstance(term, Tempered) else 1.0
+            return self.target.logits(width, temperature, self.labels)
+        return self.t if isinstance(self.target, Tensor) else None
 
     def _finished(self, raw: Tensor, side: Side, name: str) -> Tensor:
         """Logits in fp32 or better, in the place of the product where its dtype allows."""
@@ -189,12 +205,26 @@ class _Block:
 
     def _coarse(self, place: int, term: Tempered) -> tuple[Tensor, Tensor | None]:
         """A divergence on a sparse target."""
+        if not isinstance(self.target, Several):
+            return self._coarse_one(place, term, self.target)
+        total, slope = torch.zeros_like(self.values[place]), None
+        for part, weight in zip(self.target.parts, self.target.weights, strict=True):
+            values, own = self._coarse_one(place, term, part)
+            total += weight * values
+            if own is not None:  # in a work buffer
+                slope = own * weight if slope is None else slope.add_(own, alpha=weight)
+        return total, slope
+
+    def _coarse_one(
+        self, place: int, term: Tempered, target: Target
+    ) -> tuple[Tensor, Tensor | None]:
+        """A divergence on the sparse target of one teacher."""
         student = cut(self.s, min(term.width or self.s.shape[1], self.s.shape[1]))
-        if isinstance(self.target, Counts):
-            return sampled_score(term, student, self.target, self.job.scratch)
-        if not isinstance(self.target, TopK):
-            raise TypeError(f"{self.target} is no sparse target")
-        given = (student, self.target, self.labels, self.job.scratch)
+        if isinstance(target, Counts):
+            return sampled_score(term, student, target, self.job.scratch)
+        if not isinstance(target, TopK):
+            raise TypeError(f"{target} is no sparse target")
+        given = (student, target, self.labels, self.job.scratch)
         form = self.job.forms.get(place)
         return coarse_score(term, *given, wanted=self._trained(place), form=form)
 
@@ -236,7 +266,8 @@ class _Block:
     def _pair(self, group: Group, *, last: bool) -> Pair:
         """The two distributions of a group, in the place of the logits if nobody needs them."""
         term = group.members[0].term
-        s, t = cut(self.s, group.width), cut(self.t, group.width)
+        told = cast("Tensor", self._told(term))  # without one there would be no such group
+        s, t = cut(self.s, group.width), cut(told, group.width)
         into_s, into_t = s, t
         if not last or self.job.student.finish.softcap is not None:
             into_s, into_t = self._buffer("s2", group.width), self._buffer("t2", group.width)

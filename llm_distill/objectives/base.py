@@ -52,6 +52,11 @@ class Evidence:
     teacher: Signals
     more: tuple[Evidence, ...] = ()
 
+    def member(self, number: int | None) -> Evidence:
+        """The same, seen by the student and one of several teachers."""
+        more = tuple(each.member(number) for each in self.more)
+        return replace(self, teacher=self.teacher.member(number), more=more)
+
     @property
     def every(self) -> tuple[Evidence, ...]:
         """All batches."""
@@ -72,6 +77,7 @@ class Term(nn.Module):
         gathers: Whether it compares the items of all ranks.
         adapts: Whether it wants to hear of its own value after each step.
         observes: M, sums it takes during the backward of a step; a term with any adapts.
+        member: Which of several teachers it reads, and what its `teacher` is asked of; None: all.
         observed: `[M]` fp32, where it adds them up. The ledger makes it, and empties it after each
             step; no buffer, which DDP would replace by rank 0's before every forward.
     """
@@ -80,6 +86,7 @@ class Term(nn.Module):
     observes = 0
     observed: Tensor | None = None
     mapping: LayerMap | None = None
+    member: int | None = None
     moves = False
     gathers = False
 
@@ -181,7 +188,12 @@ class HeadTerm(Term):
         row: (student logits `[n, V]`, teacher logits `[n, V']`, labels `[n]`) -> `[n]`: any
             function, or one that the pass has a closed form of (`losses.rowwise`).
         needs_teacher: Whether the teacher's logits are read at all.
+
+    Attributes:
+        exit: The student's layer that it looks at; None: the last.
     """
+
+    exit: int | None = None
 
     def __init__(self, row: RowTerm, *, needs_teacher: bool = True) -> None:
         super().__init__(Request(logits=True), Request(logits=needs_teacher))

@@ -15,6 +15,7 @@ from llm_distill.losses.rowwise import Nll, Tempered, takes_labels
 from llm_distill.objectives.base import Evidence, HeadTerm, Objective
 from llm_distill.objectives.checks import check_choice, check_row_function, describe_function
 from llm_distill.objectives.moving import MovingTerm, Taid
+from llm_distill.signals import Request
 
 if TYPE_CHECKING:
     from llm_distill.signals import ModelSpec
@@ -28,14 +29,24 @@ COLDEST = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class CrossEntropy(Objective):
-    """Cross-entropy on the labels, over the student's whole vocabulary. Nats per token."""
+    """Cross-entropy on the labels, over the student's whole vocabulary. Nats per token.
+
+    Attributes:
+        exit: Of a layer below the last, 1 the first block, as in `Logits`.
+    """
+
+    exit: int | None = None
 
     def build(
         self, student: ModelSpec, teacher: ModelSpec, evidence: Evidence | None = None
     ) -> HeadTerm:
         """Bind; nothing depends on the models."""
-        del student, teacher, evidence
-        return HeadTerm(Nll(), needs_teacher=False)
+        del teacher, evidence
+        return at_exit(HeadTerm(Nll(), needs_teacher=False), self.exit, student)
+
+    def describe(self) -> str:
+        """Of which layer, where it is not the last."""
+        return "" if self.exit is None else f"exit {self.exit}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,18 +64,22 @@ class Logits(Objective):
             which keeps the size of the gradient as the temperature grows.
         target: What the student should reach: the teacher, or `Taid`, which starts near the student
             and moves to the teacher.
+        exit: The student's layer that learns, 1 its first block, through its own final norm and
+            head: the student can stop there afterwards. By default the last.
 
     Raises:
         ValueError: For a temperature that is not a finite number > 0, an unknown scaling, or a loss
             that does not return one value per row.
 
-    Source: Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2 (T2).
+    Source: Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2 (T2); Zhang et al. 2019 (Be Your
+    Own Teacher), arXiv 1905.08094 (exits).
     """
 
     loss: Callable[[Tensor, Tensor], Tensor] = forward_kl
     temperature: float = 1.0
     scaling: Scaling = "T2"
     target: Taid | None = None
+    exit: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
@@ -91,7 +106,8 @@ class Logits(Objective):
             temperature=self.temperature,
             factor=self.temperature ** {"none": 0, "T": 1, "T2": 2}[self.scaling],
         )
-        return HeadTerm(row) if self.target is None else MovingTerm(row, self.target)
+        term = HeadTerm(row) if self.target is None else MovingTerm(row, self.target)
+        return at_exit(term, self.exit, student)
 
     def describe(self) -> str:
         """Loss and temperature."""
@@ -100,7 +116,26 @@ class Logits(Objective):
             told += [f"temperature {self.temperature:g}", f"scaling {self.scaling}"]
         if self.target is not None:
             told.append(self.target.describe())
+        if self.exit is not None:
+            told.append(f"exit {self.exit}")
         return ", ".join(told)
+
+
+def at_exit(term: HeadTerm, layer: int | None, student: ModelSpec) -> HeadTerm:
+    """A term on an exit of the student; as it is for None.
+
+    Raises:
+        ValueError: For a layer that the student does not have, or that is its last.
+    """
+    if layer is None:
+        return term
+    if not 1 <= layer < student.depth:
+        raise ValueError(
+            f"exit: {layer} of {student.name}, which has {student.depth} blocks; write a layer "
+            f"from 1 to {student.depth - 1}, or leave it out for the last"
+        )
+    term.exit, term.student = layer, Request(exits=frozenset({layer}))
+    return term
 
 
 def row_wise(function: Callable[[Tensor, Tensor], Tensor]) -> HeadTerm:

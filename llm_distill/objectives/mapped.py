@@ -23,9 +23,12 @@ class Mapped(Objective):
     Attributes:
         layers: Which layer of the student learns from which of the teacher: a strategy
             (`llm_distill.layers`), or a `LayerMap`. `auto` decides when the teacher has been seen.
+        member: Whose layers they are, where the teacher is an `Ensemble`: 0 for its first member.
+            One objective for each of them gives hints from all, each with its own map.
     """
 
     layers: LayerStrategy = auto
+    member: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what is no strategy, such as a name that only a recipe may write."""

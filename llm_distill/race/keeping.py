@@ -93,7 +93,7 @@ def key_of(
     )
     if None in stamps or NAMELESS.search(told):
         return None
-    examples = [readable(example, args) for example in islice(iter(dataset), EXAMPLES)]
+    examples = [readable(example, args, run.columns) for example in islice(iter(dataset), EXAMPLES)]
     size = len(dataset) if hasattr(dataset, "__len__") else None
     plain = re.sub(r" at 0x[0-9a-f]+", "", told)  # where functions lie in memory
     return str(zlib.crc32(repr((plain, size, examples)).encode()))

@@ -38,9 +38,11 @@ class Components:
 
     Attributes:
         allowed: Modules and packages outside of llm_distill that a recipe may name.
+        makers: Of what a type hint asks for by a protocol: (value, self, place).
     """
 
     allowed: Sequence[str] = ()
+    makers: Mapping[type, Callable[..., Any]] = dataclasses.field(default_factory=dict)
 
     def __call__(self, value: Any, hint: Any, place: Place) -> Any:  # noqa: ANN401  any component
         """What a recipe names, checked against its type hint.
@@ -48,6 +50,8 @@ class Components:
         Raises:
             InputError: For an unknown name, one that does not fit, or arguments it does not take.
         """
+        if hint in self.makers:
+            return self.makers[hint](value, self, place)
         wants_function = kind_of(hint) == "function"
         if not wants_function and not is_spec(hint):
             raise InputError(
@@ -55,8 +59,7 @@ class Components:
             )
         self._refuse_nameless(value, place)
         name, arguments = split(value, place)
-        found = self.find(name, place)
-        here = place.key(name)
+        found, here = self.find(name, place), place.key(name)
         if wants_function:
             if not inspect.isfunction(found):
                 raise InputError(f"{place}: {name!r} is no function; {_offer(place)}")
@@ -293,6 +296,5 @@ def _offer(place: Place, hint: type | None = None) -> str:
 
 def _listed(names: Any) -> str:  # noqa: ANN401  any iterable of names
     """Names with commas; a long list is cut."""
-    names = list(names)
-    more = f" and {len(names) - 30} more" if len(names) > 30 else ""
-    return ", ".join(names[:30]) + more
+    names = [*names]
+    return ", ".join(names[:30]) + (f" and {len(names) - 30} more" if len(names) > 30 else "")

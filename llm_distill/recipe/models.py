@@ -31,8 +31,12 @@ def student_of(value: Any, make: Components) -> Any:  # noqa: ANN401  a spec
     return _model(value, Place("student"), make, fits, instead)
 
 
-def teacher_of(value: Any, make: Components) -> Any:  # noqa: ANN401  a spec
-    """The teacher's spec.
+def teacher_of(
+    value: Any,  # noqa: ANN401  any YAML
+    make: Components,
+    place: Place = Place("teacher"),  # noqa: B008  frozen
+) -> Any:  # noqa: ANN401  a spec
+    """The teacher's spec, or that of a member of several.
 
     Raises:
         InputError: As `student_of`.
@@ -41,7 +45,14 @@ def teacher_of(value: Any, make: Components) -> Any:  # noqa: ANN401  a spec
     def fits(kind: type) -> bool:
         return set(dir(kind)) >= TEACHES
 
-    return _model(value, Place("teacher"), make, fits, "a Hub id, a path, or Local")
+    return _model(value, place, make, fits, "a Hub id, a path, or Local")
+
+
+def teachers() -> dict[type, Callable[..., Any]]:
+    """How a recipe's members of several teachers are made, for `Components`."""
+    from llm_distill.teachers import Teacher
+
+    return {Teacher: teacher_of}
 
 
 def _model(
@@ -53,7 +64,7 @@ def _model(
 ) -> Any:  # noqa: ANN401  a spec
     """A spec of a class that fits; a bare id or path is a `Local`."""
     import llm_distill
-    from llm_distill.teachers import Local
+    from llm_distill.teachers import Local, leaves
 
     if isinstance(value, str) and value not in llm_distill.__all__ and ":" not in value:
         if not value.strip():
@@ -62,9 +73,11 @@ def _model(
     name, arguments = split(value, place)
     found = make.find(name, place)
     if not (isinstance(found, type) and is_spec(found) and fits(found)):
-        raise InputError(f"{place}: {name!r} is no {place}; write {instead}")
+        what = place.path.partition(".")[0]
+        raise InputError(f"{place}: {name!r} is no {what}; write {instead}")
     spec = make.spec(found, arguments, place, place.key(name))
-    _refuse_code(spec, place.key(name), make)
+    for each in leaves(spec):
+        _refuse_code(each, place.key(name), make)
     return spec
 
 

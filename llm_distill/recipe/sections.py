@@ -12,7 +12,7 @@ from llm_distill.data.spec import Data
 from llm_distill.errors import InputError
 from llm_distill.recipe import document as documents
 from llm_distill.recipe.components import Components
-from llm_distill.recipe.models import student_of, teacher_of
+from llm_distill.recipe.models import student_of, teacher_of, teachers
 from llm_distill.recipe.values import Place, convert, did_you_mean
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class Recipe:
         """
         _check_sections(content)
         filled = _filled(content, name)
-        make = Components(tuple(allow_code))
+        make = Components(tuple(allow_code), teachers())
         return cls(
             student=student_of(filled["student"], make),
             teacher=teacher_of(filled["teacher"], make),

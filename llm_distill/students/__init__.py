@@ -6,10 +6,12 @@ from llm_distill.students.given import (
     Made,
     Student,
     as_local,
+    both_causal,
     head_name,
     load_student,
     refuse_adapted_head,
     student_spec,
+    teacher_for,
 )
 
 __all__ = [
@@ -18,8 +20,10 @@ __all__ = [
     "Made",
     "Student",
     "as_local",
+    "both_causal",
     "head_name",
     "load_student",
     "refuse_adapted_head",
     "student_spec",
+    "teacher_for",
 ]

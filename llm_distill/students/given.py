@@ -6,7 +6,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -14,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from llm_distill.capture import plain
+from llm_distill.capture import plain, predicts_next
 from llm_distill.errors import InputError
 from llm_distill.kinds import is_masked
 from llm_distill.provenance import Provenance
@@ -22,7 +24,9 @@ from llm_distill.signals import ModelSpec
 from llm_distill.students.blocks import matching
 from llm_distill.students.from_config import FromConfig
 from llm_distill.students.from_teacher import FromTeacher
+from llm_distill.teachers.itself import Itself
 from llm_distill.teachers.local import Local
+from llm_distill.teachers.members import leaves
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -59,6 +63,58 @@ def student_spec(student: Student, teacher: PreTrainedConfig) -> ModelSpec:
     whole = teacher.get_text_config(decoder=True).num_hidden_layers
     fits = found is not None and found.of == whole
     return spec.spec if fits else replace(spec.spec, blocks=None)
+
+
+def teacher_for(student: Student, teacher: Teacher, *, adapted: bool = False) -> Teacher:
+    """The teacher, of this student where it is the student itself.
+
+    Args:
+        student: As it was given.
+        teacher: As it was given.
+        adapted: Whether the student gets adapters.
+
+    Raises:
+        InputError: For a student that is made for a teacher, or one that this cannot be made of.
+    """
+    if not isinstance(teacher, Itself):
+        return teacher
+    if isinstance(student, Made):
+        raise InputError(
+            f"{type(teacher).__name__} is made of the student, and {type(student).__name__} makes "
+            "a student for its teacher; write a Hub id, a path or a loaded model as the student"
+        )
+    own = as_local(student)
+    made = teacher.of(own)
+    made.check_student(adapted=adapted or isinstance(own.model, PeftModel))
+    return made
+
+
+def both_causal(model: Student, teacher: Teacher) -> bool:
+    """Whether both models are causal.
+
+    Raises:
+        InputError: If one is and the other is not.
+    """
+    theirs, *others = map(_causal, leaves(teacher))
+    if any(other != theirs for other in others):
+        raise InputError(
+            f"{teacher.spec.name}: causal and masked language models among the members; take "
+            "members of one kind"
+        )
+    ours = theirs if isinstance(model, Made) else _causal(as_local(model))
+    if ours != theirs:
+        kinds = ["causal" if causal else "masked" for causal in (ours, theirs)]
+        raise InputError(
+            f"the student is a {kinds[0]} language model and the teacher a {kinds[1]} one; take "
+            "two of one kind"
+        )
+    return ours
+
+
+def _causal(spec: Teacher) -> bool:
+    """Whether a model is a causal one, by its class or by what its config was saved from."""
+    loaded = getattr(spec, "model", None)
+    return predicts_next(loaded) if isinstance(loaded, nn.Module) else not is_masked(spec.config)
 
 
 def load_student(student: Student, teacher: Teacher) -> PreTrainedModel:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llm_distill.capture import Reader
+from llm_distill.losses.sparse import Counts, TopK
 from llm_distill.signals import Dense, Distribution, Factored, Head, Request, Signals
 
 if TYPE_CHECKING:
@@ -111,8 +112,10 @@ def moved(signals: Signals, device: torch.device) -> Signals:
             return None
         if isinstance(value, Dense):
             return Dense(to(value.values))
-        if not isinstance(value, Factored):
+        if isinstance(value, TopK | Counts):
             return value.to(device)
+        if not isinstance(value, Factored):  # of several teachers, which see to it themselves
+            return value
         head: Head = replace(value.head, weight=to(value.head.weight), bias=to(value.head.bias))
         return Factored(to(value.hidden), head)
 

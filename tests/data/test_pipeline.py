@@ -1,6 +1,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
@@ -198,3 +199,46 @@ def test_several_processes_give_the_same_and_name_bad_rows(
     bad = Dataset.from_dict({"text": ["a", "b", "c", None]})
     with pytest.raises(InputError, match=r"row 3 of the dataset \(counted from 0\): column 'text'"):
         prepare(bad, Data(num_proc=2), tokenizer)
+
+
+class TestKeptColumns:
+    """Columns that stay beside the tokens."""
+
+    ROWS: ClassVar = [
+        {"text": "hello world", "kind": "a", "n": 1, "other": 0},
+        {"text": "", "kind": "b", "n": 2, "other": 0},
+        {"text": "you", "kind": "c", "n": 3, "other": 0},
+    ]
+
+    def test_of_a_table(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """With their types, and without those of rows that are of no use."""
+        kept = prepare(Dataset.from_list(self.ROWS), Data(keep=("kind", "n")), tokenizer).train
+        assert kept.column_names == ["input_ids", "labels", "kind", "n"]
+        assert [(row["kind"], row["n"]) for row in kept] == [("a", 1), ("c", 3)]
+        plain = prepare(Dataset.from_list(self.ROWS), Data(), tokenizer).train
+        assert [row["input_ids"] for row in kept] == [row["input_ids"] for row in plain]
+
+    def test_of_a_stream(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """As text."""
+        stream = Dataset.from_list(self.ROWS).to_iterable_dataset()
+        kept = prepare(stream, Data(keep=("kind", "n")), tokenizer).train
+        assert [(row["kind"], row["n"]) for row in kept] == [("a", "1"), ("c", "3")]
+
+    def test_one_that_is_read_as_well(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        table = Dataset.from_list(self.ROWS)
+        for rows in (table, table.to_iterable_dataset()):
+            kept = prepare(rows, Data(keep=("text",)), tokenizer).train
+            assert [row["text"] for row in kept] == ["hello world", "you"]
+
+    def test_of_what_is_held_out(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        rows = [self.ROWS[0] | {"n": k} for k in range(8)]
+        found = prepare(Dataset.from_list(rows), Data(keep=("n",), eval=0.25), tokenizer)
+        assert found.eval is not None
+        assert sorted(row["n"] for part in (found.train, found.eval) for row in part) == [*range(8)]
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_one_that_is_not_there(self, tokenizer: PreTrainedTokenizerFast, stream: bool) -> None:
+        table = Dataset.from_list(self.ROWS)
+        rows = table.to_iterable_dataset() if stream else table
+        with pytest.raises(InputError, match="no column 'x', which is to be kept; it has text, ki"):
+            prepare(rows, Data(keep=("x",)), tokenizer)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llm_distill import adaptive_kl, decoupled, forward_kl, jsd, reverse_kl, tvd
 from llm_distill.losses import fused, kernels, launching
+from llm_distill.losses.blending import Blend
 from llm_distill.losses.projection import Finish, Projection
 from llm_distill.losses.rowwise import Alone, Nll, RowTerm, Tempered
 from llm_distill.losses.sparse import Counts, TopK
@@ -249,3 +250,28 @@ def test_a_gpu_is_never_waited_for(
         run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_several_teachers(launches: list[kernels.Spec], temperature: float) -> None:
+    """Combined by PyTorch for a chunk, at the temperature of the term, then as one teacher."""
+    from tests.losses.test_blending import WEIGHTS, gradients, parts, student, switch
+    from tests.losses.test_blending import V as TOKENS
+
+    term = Tempered(forward_kl, TOKENS, temperature, factor=temperature**2)
+    terms: list[RowTerm] = [term, Nll()]
+    singles = torch.float32, torch.float64
+    teachers: dict[str, Any] = {
+        "blend": lambda dtype: Blend(parts(dtype=dtype), WEIGHTS, confidence="label"),
+        "switch": lambda dtype: switch(dtype)[0],
+    }
+    for teacher in teachers.values():
+        few, whole = (
+            gradients(student(dtype=dtype), teacher(dtype), terms, [0.7, 0.4], 4)
+            for dtype in singles
+        )
+        assert launches
+        assert all(spec.temperature == temperature for spec in launches)
+        launches.clear()
+        for ours, expected in zip(few, whole, strict=True):
+            torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)

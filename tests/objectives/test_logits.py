@@ -173,3 +173,22 @@ class TestWords:
 def test_a_target_of_another_kind_is_refused(target: Any) -> None:
     with pytest.raises(ValueError, match=r"Logits: target is .*; write Taid\(\)"):
         Logits(target=target)
+
+
+class TestExit:
+    """A layer of the student below its last."""
+
+    def test_it_asks_for_that_layer(self) -> None:
+        for objective in (Logits(exit=1), CrossEntropy(exit=1), Logits(exit=1, target=Taid())):
+            term = objective.build(spec(9), spec(9))
+            assert term.exit == 1
+            assert term.student == Request(exits=frozenset({1}))
+            assert term.teacher == Request(logits=isinstance(objective, Logits))
+            assert "exit 1" in objective.describe()
+        assert Logits().build(spec(9), spec(9)).exit is None
+        assert CrossEntropy().describe() == ""
+
+    @pytest.mark.parametrize("layer", [0, 2, 3, -1])
+    def test_a_layer_that_is_none_below_the_last(self, layer: int) -> None:
+        with pytest.raises(ValueError, match=f"exit: {layer} of m, which has 2 blocks; write a la"):
+            Logits(exit=layer).build(spec(9), spec(9))

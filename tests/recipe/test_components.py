@@ -107,7 +107,7 @@ class TestNames:
         ("value", "message"),
         [
             ("Logit", r"^objectives\[1\]: no 'Logit' in llm_distill; did you mean 'Logits'\?"),
-            ("zzz", "no 'zzz' in llm_distill; it has AttentionMaps, .*, CrossEntropy"),
+            ("zzz", "no 'zzz' in llm_distill; it has .*AttentionMaps, .*Contrastive, CrossEntropy"),
             ("forward_kl", "'forward_kl' is no Objective; write one of AttentionMaps, Contrastive, CrossEntropy"),
             ("Local", "'Local' is no Objective"),
             ("DistillTrainer", "'DistillTrainer' is no Objective"),

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from llm_distill import FromConfig, Local
+from llm_distill import AdapterOff, Ema, Ensemble, FromConfig, Local, Routed
 from llm_distill.errors import InputError
 from llm_distill.recipe import Recipe
 
@@ -59,3 +59,43 @@ def test_code_from_the_hub_is_allowed_by_the_name_of_its_repository() -> None:
     teacher = {"Local": {"model": "x/y", "trust_remote_code": True}}
     made = Recipe.of({**CONTENT, "teacher": teacher}, allow_code=["x/y"])
     assert made.teacher == Local("x/y", trust_remote_code=True)
+
+
+MEMBERS = {"Ensemble": {"members": ["a/b", {"Local": {"model": "c/d", "dtype": "bfloat16"}}]}}
+
+
+def test_several_teachers() -> None:
+    made = recipe(teacher={"Ensemble": {**MEMBERS["Ensemble"], "weights": [1, 2.5]}})
+    assert made.teacher == Ensemble([Local("a/b"), Local("c/d", dtype="bfloat16")], [1.0, 2.5])
+    nested = {"a": "a/b", "b": MEMBERS}
+    made = recipe(teacher={"Routed": {"by": "kind", "experts": nested}})
+    assert isinstance(made.teacher, Routed)
+    assert made.teacher.names == ("a", "b")
+    assert isinstance(made.teacher.teachers[1], Ensemble)
+
+
+def test_the_student_itself() -> None:
+    assert recipe(teacher="AdapterOff").teacher == AdapterOff()
+    assert recipe(teacher={"Ema": {"decay": 0.9}}).teacher == Ema(decay=0.9)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ({"Ensemble": {"members": ["a/b", "Logits"]}}, None),  # an id may be called anything
+        ({"Ensemble": {"members": ["a/b", {"Logits": {}}]}}, r"members\[1\]: 'Logits' is no teacher"),
+        ({"Ensemble": {"members": ["a/b", {"Local": {}}]}}, r"members\[1\]\.Local: model is missing"),
+        ({"Ensemble": {"members": ["a/b"]}}, "are no several teachers"),
+        ({"Ensemble": {"members": ["a/b", "c/d"], "weights": [1]}}, "1 weights for 2 members"),
+        ({"Ensemble": {"members": ["a/b", {"Local": {"model": "x/y", "trust_remote_code": True}}]}}, "--allow-code x/y"),
+        ({"Routed": {"experts": {"a": "a/b", "b": "c/d"}}}, "Routed: by is missing"),
+        ({"Ema": {"decay": 1}}, "decay is 1.0; write a number from 0 up to 1"),
+        ({"Ema": {"student": "a/b"}}, "Ema has no 'student'"),
+    ],
+)  # fmt: skip
+def test_bad_teachers_have_their_place(teacher: Any, message: str | None) -> None:
+    if message is None:
+        recipe(teacher=teacher)
+        return
+    with pytest.raises(InputError, match=message):
+        recipe(teacher=teacher)

@@ -17,8 +17,8 @@ from tests import tiny
 class Table:
     """A source that knows one distribution only."""
 
-    closed = False
     model = None
+    closed = False
     told = ()
 
     def __call__(self, batch: Batch) -> Signals:

@@ -1,0 +1,176 @@
+"""What teachers that are made of others share: their members' specs, and turns on one device."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from llm_distill.errors import InputError
+from llm_distill.losses.blending import Blend, Part, Switch
+from llm_distill.signals import Dense, Distribution, Factored, ModelSpec
+from llm_distill.teachers.local import Local
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from llm_distill.rows import Batch
+    from llm_distill.signals import Request, Signals
+    from llm_distill.teachers.base import Source, Teacher
+
+
+@dataclass(frozen=True)
+class Composite(ABC):
+    """A teacher that is made of others."""
+
+    @property
+    @abstractmethod
+    def teachers(self) -> tuple[Teacher, ...]:
+        """Those it is made of."""
+
+
+def has_device_map(teacher: object) -> bool:
+    """Whether a teacher may lie on several devices of this process."""
+    return isinstance(teacher, Local) and teacher.device_map is not None
+
+
+HOME = torch.device("cpu")
+"""Where weights wait for their turn."""
+
+
+def as_teachers(
+    owner: str, given: Sequence[Teacher | PreTrainedModel | str]
+) -> tuple[Teacher, ...]:
+    """Members as specs; an id, a path or a loaded model is a `Local`.
+
+    Raises:
+        InputError: For less than two, or what is no teacher.
+    """
+    if isinstance(given, str) or not isinstance(given, Sequence) or len(given) < 2:
+        raise InputError(f"{owner}: {given!r} are no several teachers; give a list of two or more")
+    # To ask for the protocol would read their configs.
+    return tuple(
+        cast("Teacher", member) if "open" in dir(type(member)) else Local(cast("str", member))
+        for member in given
+    )
+
+
+def leaves(teacher: Teacher) -> tuple[Teacher, ...]:
+    """The single teachers that one is made of, itself for most.
+
+    >>> [teacher.model for teacher in leaves(Local("an/id"))]
+    ['an/id']
+    """
+    if not isinstance(teacher, Composite):
+        return (teacher,)
+    return tuple(leaf for member in teacher.teachers for leaf in leaves(member))
+
+
+def common_spec(owner: str, specs: Sequence[ModelSpec]) -> ModelSpec:
+    """Members as one model: the first, with the tokens and positions that all have."""
+    names = ", ".join(spec.name for spec in specs)
+    positions = [spec.positions for spec in specs if spec.positions]
+    return replace(
+        specs[0],
+        name=f"{owner}({names})",
+        vocabulary=min(spec.vocabulary for spec in specs),
+        positions=min(positions, default=None),
+    )
+
+
+def part_of(said: Signals, owner: str) -> Part:
+    """Whole logits of a member, as the pass over the head combines them.
+
+    Raises:
+        ValueError: For a member that gives a few tokens of each row.
+    """
+    found: Distribution = said.logits
+    if isinstance(found, Factored):
+        head = replace(found.head, weight=_kept(found.head.weight), bias=_kept(found.head.bias))
+        return Factored(found.hidden, head).projection()
+    if isinstance(found, Dense):
+        return found.values
+    if isinstance(found, Blend | Switch):
+        return found
+    raise ValueError(
+        f"{owner} combines whole distributions, and its member {said.source} gives "
+        f"{type(found).__name__} targets, a few tokens of each row; take members that give all, or "
+        "in an Ensemble only such that do not (mode: mixture, no confidence)"
+    )
+
+
+def _kept(weight: Any) -> Any:  # noqa: ANN401  None stays None
+    """A weight that stays where it is when its module moves on."""
+    return None if weight is None else weight.detach()
+
+
+class Turn:
+    """A member whose weights are on the device only while it is asked.
+
+    What it said stays there, the head of its logits too, until nobody needs it.
+
+    Args:
+        source: Opened on the device; its weights leave at once.
+        device: Where it is asked.
+    """
+
+    def __init__(self, source: Source, device: torch.device) -> None:
+        self._source, self._device = source, device
+        self.model, self.told = source.model, source.told
+        self._move(HOME)
+
+    def __call__(self, batch: Batch) -> Signals:
+        """As the member."""
+        self._move(self._device)
+        try:
+            return self._source(batch)
+        finally:
+            self._move(HOME)
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """As the member."""
+        self._move(self._device)
+        try:
+            self._source.prepare(batches)
+        finally:
+            self._move(HOME)
+
+    def ask(self, request: Request) -> None:
+        """As the member, which may try the request on a few tokens."""
+        self._move(self._device)
+        try:
+            self._source.ask(request)
+        finally:
+            self._move(HOME)
+
+    def close(self) -> None:
+        """As the member."""
+        self._source.close()
+        self.model = None
+
+    def _move(self, device: torch.device) -> None:
+        """Its weights, if it holds any."""
+        if self.model is not None:
+            cast("nn.Module", self.model).to(device)
+
+
+def opened(member: Teacher, request: Request, device: torch.device, *, turns: bool) -> Source:
+    """A member at work, on the device or taking turns there.
+
+    Raises:
+        ValueError: If it cannot give a signal, or cannot leave the device.
+    """
+    spread = isinstance(member, Local) and (
+        member.device_map is not None or getattr(member.model, "hf_device_map", None) is not None
+    )
+    if turns and spread:
+        raise InputError(
+            f"turns: {member.spec.name} has a device_map, which keeps its weights where they are; "
+            "leave one of the two out"
+        )
+    source = member.open(request, device)
+    return Turn(source, device) if turns else source

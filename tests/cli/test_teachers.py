@@ -1,0 +1,93 @@
+"""Teachers of every kind from a recipe: trained, checked, and refused in words."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import on_disk
+from tests.cli.conftest import Cli
+
+
+def routed(models: Path, folder: Path, kinds: str = "ab") -> dict[str, Any]:
+    """Sections of a recipe whose data name an expert."""
+    lines = [
+        json.dumps({"text": on_disk.SENTENCES[k % 4], "kind": kinds[k % len(kinds)]})
+        for k in range(16)
+    ]
+    path = folder / "routed.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    experts = {"a": str(models / "teacher"), "b": {"Local": {"model": str(models / "student")}}}
+    return {
+        "teacher": {"Routed": {"by": "kind", "experts": experts}},
+        "data": {"path": str(path), "eval": 0.25, "max_length": 32},
+    }
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_examples_go_to_their_experts(
+    cli: Cli, models: Path, tmp_path: Path, streaming: bool
+) -> None:
+    """The column stays beside the tokens without being asked for."""
+    sections = routed(models, tmp_path)
+    if streaming:
+        sections["data"] |= {"streaming": True, "eval": None}
+    done = cli("run", **sections)
+    assert done.code == 0, done.err
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_name_that_no_expert_has(cli: Cli, models: Path, tmp_path: Path) -> None:
+    done = cli("run", **routed(models, tmp_path, "abc"))
+    assert done.code == 2
+    assert "column 'kind' names 'c', and the experts are a, b" in done.err
+
+
+def test_a_column_that_is_missing(cli: Cli, models: Path, tmp_path: Path) -> None:
+    sections = routed(models, tmp_path)
+    done = cli("run", teacher=sections["teacher"])
+    assert done.code == 2
+    assert "has no column 'kind', which is to be kept; it has text" in done.err
+
+
+@pytest.mark.parametrize(
+    ("teacher", "objectives"),
+    [
+        ("BornAgain", ["CrossEntropy", "Logits"]),
+        ({"Ema": {"decay": 0.9}}, ["CrossEntropy", "Logits"]),
+        ("DeepToShallow", ["CrossEntropy", {"Logits": {"exit": 1}}]),
+    ],
+)
+def test_the_student_itself(cli: Cli, tmp_path: Path, teacher: Any, objectives: list[Any]) -> None:
+    assert cli("check", teacher=teacher, objectives=objectives).code == 0
+    done = cli("run", teacher=teacher, objectives=objectives)
+    assert done.code == 0, done.err
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "model.safetensors" in files
+    assert "teacher.safetensors" not in files
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ("AdapterOff", "the student has no adapters to leave out"),
+        ("DeepToShallow", "Logits: the last layer would learn from itself"),
+    ],
+)
+def test_what_cannot_be_is_found_by_check(cli: Cli, teacher: str, message: str) -> None:
+    done = cli("check", teacher=teacher)
+    assert done.code == 2
+    assert message in done.err
+
+
+def test_a_map_of_several_teachers_is_refused(cli: Cli, models: Path) -> None:
+    members = [str(models / "teacher")] * 2
+    sections: dict[str, Any] = {
+        "teacher": {"Ensemble": {"members": members}},
+        "objectives": ["Logits", {"HiddenStates": {"member": 1}}],
+    }
+    done = cli("map", **sections)
+    assert done.code == 2
+    assert "HiddenStates maps layers of one of several teachers" in done.err
+    assert cli("run", **sections).code == 0
