@@ -1,5 +1,6 @@
 """`Ensemble`: one distribution of several teachers, and hints of each."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from llm_distill.layers import auto_race, last, uniform
 from llm_distill.losses.blending import Blend
 from llm_distill.losses.several import Several
 from llm_distill.losses.sparse import TopK
+from llm_distill.rows import Batch
 from llm_distill.signals import Factored, Request, Signals
 from tests import on_disk, tiny
 from tests.teachers.test_local import batch
@@ -51,7 +53,10 @@ class Few(Local):
         source = super().open(request, device)
 
         class Cut:
-            model = None
+            model, told = None, ()
+
+            def prepare(self, batches: Sequence[Batch]) -> None:
+                del batches
 
             def __call__(self, given: Any) -> Signals:
                 whole = source(given).whole.logits(slice(None))
