@@ -5,7 +5,8 @@ Usage: python -m tests.placement_worker ENGINE FOLDER CELL...   (ENGINE: one, dd
 A cell is MODEL:SHARD[:SIZE], such as llama:tp:2; with :step behind it there are micro-batches of
 one sequence, and the teacher reads those of a step at once; with :data there is a map from data,
 fitted projectors, matched heads, and an evaluation of 9 rows, which no number of ranks divides;
-with :hidden, hidden states of lower blocks alone: neither the head nor upper blocks are loaded.
+with :hidden, hidden states of lower blocks alone: upper blocks are not loaded. `pair` and
+`routed` are two teachers in pieces, heard together or each about its own examples.
 """
 
 import os
@@ -54,6 +55,43 @@ def lower() -> list[Any]:
     return [CrossEntropy(), HiddenStates(layers=first, init="random", gate=False)]
 
 
+def together() -> list[Any]:
+    """Logits of both teachers, and a hint of one."""
+    from llm_distill import HiddenStates, Logits
+    from llm_distill.layers import uniform
+
+    return [Logits(), HiddenStates(member=1, layers=uniform, init="random", gate=False)]
+
+
+def apart() -> list[Any]:
+    """What experts give."""
+    from llm_distill import CrossEntropy, HiddenStates, Logits
+    from llm_distill.layers import last
+
+    hint = HiddenStates(layers=last, init="random", gate=False)
+    return [CrossEntropy(weight=0.5), Logits(temperature=2.0), hint]
+
+
+def teacher_of(folder: Path, kind: str, settings: dict[str, Any]) -> Any:
+    """One model, or two."""
+    from llm_distill import Ensemble, Local, Routed
+
+    if kind == "pair":
+        return Ensemble([Local(str(folder / name), **settings) for name in ("llama", "tied")])
+    if kind == "routed":
+        experts = {name: Local(str(folder / name), **settings) for name in ("llama", "tied")}
+        return Routed(experts, by="domain")
+    return Local(str(folder / kind), **settings)
+
+
+def examples(kind: str) -> list[dict[str, Any]]:
+    """Rows; those of the first rank's first batch have one expert."""
+    rows: list[dict[str, Any]] = [dict(row) for row in tiny.rows(empty=EMPTY)]
+    for place, row in enumerate(rows if kind == "routed" else ()):
+        row["domain"] = "tied" if place < 4 or place % 3 else "llama"
+    return rows
+
+
 def student(kind: str) -> Any:
     """Of the same kind of model, smaller."""
     makers = {"gpt2": lambda: tiny.gpt2(depth=2), "bert": lambda: tiny.bert(depth=2)}
@@ -96,7 +134,7 @@ def gathered(model: Any) -> int:
 
 def train(folder: Path, cell: str) -> dict[str, Any]:
     """Three steps over 8 rows a step, whatever the ranks; weights, and what was seen."""
-    from llm_distill import DistillTrainer, Local
+    from llm_distill import DistillTrainer
 
     kind, shard, *more = cell.split(":")
     ahead, sizes = "step" in more, [int(word) for word in more if word.isdigit()]
@@ -109,17 +147,19 @@ def train(folder: Path, cell: str) -> dict[str, Any]:
     )
     asked: Any = shard
     size = sizes[0] if sizes else None
-    teacher = Local(str(folder / kind), shard=asked, shard_size=size, once_per_step=ahead)
-    sets = {"data": decided, "hidden": lower}
-    make = next((made for word, made in sets.items() if word in more), objectives)
+    settings = {"shard": asked, "shard_size": size, "once_per_step": ahead}
+    teacher = teacher_of(folder, kind, settings)
+    sets = {"data": decided, "hidden": lower, "pair": together, "routed": apart}
+    make = next((made for word, made in sets.items() if word in (kind, *more)), objectives)
     trainer = DistillTrainer(
         student(kind),
         teacher,
         make(),
         args,
-        train_dataset=list(tiny.rows(empty=EMPTY)),
+        train_dataset=examples(kind),
     )
-    source: Any = trainer._source
+    whole_source: Any = trainer._source
+    source = whole_source.sources[0] if kind in ("pair", "routed") else whole_source
     watch = Watch(source.model)
     trainer.train()
     facts = {"weights": whole(trainer), **_told(trainer, source)} | watch.told()

@@ -31,11 +31,12 @@ TWO = {
         *("llama:auto", "llama:fsdp2", "llama:tp", "tied:fsdp2", "tied:tp", "gpt2:fsdp2"),
         *("bert:fsdp2", "llama:fsdp2:step", "llama:tp:step", "llama:fsdp2:data", "llama:tp:data"),
         *("llama:fsdp2:hidden", "llama:tp:hidden", "gpt2:fsdp2:hidden"),
+        *("pair:fsdp2", "pair:tp:step", "routed:fsdp2", "routed:tp"),
     ],
     "fsdp2": ["llama:auto", "llama:fsdp2", "llama:tp", "gpt2:fsdp2", "llama:fsdp2:step"],
 }
 WHOLE = [*(f"{name}:replica" for name in MODELS), "llama:auto:step", "llama:replica:data"]
-WHOLE += ["llama:replica:hidden", "gpt2:replica:hidden"]
+WHOLE += ["llama:replica:hidden", "gpt2:replica:hidden", "pair:replica", "routed:replica"]
 FOUR = ["llama:hsdp:2", "llama:tp:2"]
 CELLS = [
     *((engine, 2, cell) for engine, cells in TWO.items() for cell in cells),
@@ -106,7 +107,9 @@ def test_blocks_are_gathered_one_at_a_time(
     found = results[engine, ranks][cell]
     assert len(found["groups"]) > 3
     assert found["gathered"] == []
-    beside = {"llama": 0, "tied": 2.1, "gpt2": 1.6, "bert": 2}[cell.split(":")[0]]
+    beside = {"llama": 0, "pair": 0, "routed": 0, "tied": 2.1, "gpt2": 1.6, "bert": 2}[
+        cell.split(":")[0]
+    ]
     assert 0 < found["block"] <= found["live"] <= found["block"] + beside * found["head"]
     assert found["live"] < 0.5 * found["whole"]
 
