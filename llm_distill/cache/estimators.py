@@ -28,6 +28,8 @@ def topk(*, k: int = 64) -> Estimator:
     """The k likeliest tokens and the mass of all others, which serve every divergence.
 
     At a temperature other than 1 the others are tempered as one token: an approximation.
+    Where the k hold little of the mass (`llm-distill cache` tells), the shape of the tail is not
+    taught: take `sampled` or `hidden`.
 
     >>> str(topk(k=8))
     'top 8 and the tail'
