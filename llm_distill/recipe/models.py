@@ -45,7 +45,15 @@ def teacher_of(
     def fits(kind: type) -> bool:
         return set(dir(kind)) >= TEACHES
 
-    return _model(value, place, make, fits, "a Hub id, a path, or Local")
+    return _model(value, place, make, fits, f"a Hub id, a path, or one of {_teachers(fits)}")
+
+
+def _teachers(fits: Callable[[type], bool]) -> str:
+    """The kinds of teachers."""
+    import llm_distill
+
+    public = (getattr(llm_distill, name) for name in llm_distill.__all__)
+    return ", ".join(kind.__name__ for kind in public if isinstance(kind, type) and fits(kind))
 
 
 def teachers() -> dict[type, Callable[..., Any]]:
