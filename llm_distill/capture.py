@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llm_distill.attention_tap import Tap, clear, discover, install, mark
 from llm_distill.lm_head import head_of, last_norm
-from llm_distill.placement.joining import joined, parts
+from llm_distill.placement.joining import joined, part_of, parts
 from llm_distill.placement.sharding import run_backbone
 from llm_distill.signals import (
     Dense,
@@ -113,23 +113,21 @@ class Reader:
         head = head_of(plain(self._model)) if request.logits or request.exits else None
         found = []
         for part, sequences, places, length in parts(batches):
-            cut, index = (sequences, slice(length)), part.supervised.index
+            cut = partial(part_of, sequences=sequences, length=length)
             whole: Whole | None = None
             exits: dict[int, Whole] = {}
             if head is not None:
-                said = partial(self._said, head=head, cut=cut, index=index)
-                whole = said(last) if request.logits else None
-                exits = {k: said(self._normed(hidden[k])) for k in request.exits}
-            states = {layer: hidden[layer][cut] for layer in request.hidden}
+                said = partial(self._said, head=head, index=part.supervised.index)
+                whole = said(cut(last)) if request.logits else None
+                exits = {k: said(self._normed(cut(hidden[k]))) for k in request.exits}
+            states = {layer: cut(hidden[layer]) for layer in request.hidden}
             attention = {k: value.part(sequences, places, length) for k, value in heads.items()}
             found.append(Signals(self.name, whole, states, attention, exits=exits))
         return found
 
-    def _said(
-        self, states: Tensor, *, head: Head, cut: tuple[slice, slice], index: Tensor
-    ) -> Whole:
-        """Distributions of the rows of one batch among several."""
-        return self._distribution(states[cut].flatten(0, 1).index_select(0, index), head)
+    def _said(self, states: Tensor, *, head: Head, index: Tensor) -> Whole:
+        """Distributions of the rows of one batch."""
+        return self._distribution(states.flatten(0, 1).index_select(0, index), head)
 
     def _normed(self, states: Tensor) -> Tensor:
         """States as the head of an exit gets them."""

@@ -10,21 +10,28 @@ from llm_distill.caching import write_cache, writing
 from llm_distill.caching.asking import write_shard
 from tests import caches, launch
 
-KILL_AFTER = int(sys.argv[2]) if len(sys.argv) > 2 else None
 
-done: list[int] = []
+def main(folder: str, kill_after: int | None) -> None:
+    """Write it, shard by shard.
+
+    Args:
+        folder: Of the models and the cache.
+        kill_after: Shards, before this process kills itself; None: never.
+    """
+    done: list[int] = []
+
+    def watched(*args: Any) -> Any:
+        if len(done) == kill_after:
+            args = (*args[:3], lambda rows: os.kill(os.getpid(), signal.SIGKILL))
+        shard = write_shard(*args)
+        done.append(args[1].number)
+        return shard
+
+    vars(writing)["write_shard"] = watched
+    write_cache(caches.capture(Path(folder)))
+    sys.stdout.write(f"wrote shards {done}\n")
+    launch.finish()
 
 
-def watched(*args: Any) -> Any:
-    """The same, until it is time."""
-    if len(done) == KILL_AFTER:
-        args = (*args[:3], lambda rows: os.kill(os.getpid(), signal.SIGKILL))
-    shard = write_shard(*args)
-    done.append(args[1].number)
-    return shard
-
-
-vars(writing)["write_shard"] = watched
-write_cache(caches.capture(Path(sys.argv[1])))
-sys.stdout.write(f"wrote shards {done}\n")
-launch.finish()
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None)

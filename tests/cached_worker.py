@@ -9,18 +9,24 @@ from torch import nn
 from llm_distill import Cached, CrossEntropy, DistillTrainer, Logits
 from tests import launch, tiny
 
-cache, target = sys.argv[1:]
-args = tiny.arguments(Path(target).parent / f"out-{Path(target).name}", max_steps=2)
-args.per_device_train_batch_size = 8 // args.world_size
-trainer = DistillTrainer(
-    tiny.llama("student"),
-    Cached(cache),
-    [CrossEntropy(weight=0.1), Logits()],
-    args,
-    train_dataset=tiny.rows(32, empty=(3,)).select(range(24)),
-    processing_class=tiny.tokenizer(),
-)
-trainer.train()
-if args.process_index == 0:
-    torch.save(nn.utils.parameters_to_vector(trainer.student.parameters()).detach(), target)
-launch.finish()
+
+def main(cache: str, target: str) -> None:
+    """Train, and save."""
+    args = tiny.arguments(Path(target).parent / f"out-{Path(target).name}", max_steps=2)
+    args.per_device_train_batch_size = 8 // args.world_size
+    trainer = DistillTrainer(
+        tiny.llama("student"),
+        Cached(cache),
+        [CrossEntropy(weight=0.1), Logits()],
+        args,
+        train_dataset=tiny.rows(32, empty=(3,)).select(range(24)),
+        processing_class=tiny.tokenizer(),
+    )
+    trainer.train()
+    if args.process_index == 0:
+        torch.save(nn.utils.parameters_to_vector(trainer.student.parameters()).detach(), target)
+    launch.finish()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

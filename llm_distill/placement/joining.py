@@ -74,6 +74,16 @@ def parts(batches: Sequence[Batch]) -> Iterator[tuple[Batch, slice, int, int]]:
         first += sequences
 
 
+def part_of(states: Tensor, sequences: slice, length: int) -> Tensor:
+    """States of one batch among several, `[B, T, D]`.
+
+    Of a batch alone the very same tensor: gradients are asked for at states of the student.
+    """
+    if sequences == slice(0, len(states)) and length == states.shape[1]:
+        return states
+    return states[sequences, :length]
+
+
 def padded(own: Tensor, sizes: tuple[int, int], *, fill: int = 0) -> Tensor:
     """`[B, T]` with zeros behind its columns, and whole rows of `fill` behind its rows.
 

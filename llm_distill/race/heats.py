@@ -65,6 +65,10 @@ class Opened:
         """Of its model."""
         return self.teacher.find_tokenizer()
 
+    def check(self, request: Request, device: torch.device) -> None:
+        """Nothing to refuse: it is at work."""
+        del request, device
+
     def open(self, request: Request, device: torch.device) -> Source:
         """The same source, asked for something else."""
         del device

@@ -64,7 +64,7 @@ def test_the_whole_report(plan: Plan, settings: Settings, tmp_path: Path) -> Non
 
 def test_the_best_weight_is_marked(plan: Plan) -> None:
     row = next(line for line in Results(plan).weights() if line.startswith("| last |"))
-    assert row == "| last | **0.9905** | 1.0005 | 1.0005 |"
+    assert row == "| last | 1.0005 | **0.9905** | 1.0005 | 1.0005 |"
 
 
 def test_differences_are_over_common_seeds(plan: Plan) -> None:
