@@ -19,7 +19,7 @@ from llm_distill.race.candidates import settings_of
 from llm_distill.recipe import Recipe
 from llm_distill.signals import ModelSpec
 from llm_distill.students import refuse_adapted_head, student_spec, teacher_for
-from llm_distill.teachers import Local, has_device_map
+from llm_distill.teachers import Local, Teacher, has_device_map, leaves
 from llm_distill.vocabulary import Tokenizers, check_alignment, settle_tokenizers
 
 
@@ -86,11 +86,18 @@ def plan(recipe: Recipe, args: TrainingArguments) -> Plan:
             f"neither {student.name} nor {teacher.name} has a tokenizer beside it; write teacher: "
             f"{{Local: {{model: {teacher.name}, tokenizer: …}}}}"
         )
-    if not isinstance(recipe.teacher, Local):  # where it would lie is no question for a laptop
+    if not _asks_for_a_launch(recipe.teacher):
         compared = recipe.data.eval is not None and tokenizers.theirs is None
         request = binding.opening_request(objectives, terms, (student, teacher), compared=compared)
         recipe.teacher.check(request, args.device)
     return Plan(student, teacher, objectives, terms, balance, tokenizers, causal)
+
+
+def _asks_for_a_launch(teacher: Teacher) -> bool:
+    """Whether where a teacher lies has to be decided, which is no question for a laptop."""
+    locals_ = [leaf for leaf in leaves(teacher) if isinstance(leaf, Local)]
+    pieces = any(leaf.shard not in ("auto", "replica") for leaf in locals_)
+    return pieces or isinstance(teacher, Local)
 
 
 def _check_evaluation(recipe: Recipe, args: TrainingArguments) -> None:

@@ -64,3 +64,22 @@ def test_a_race_needs_settings_that_can_be(
     raced = {"HiddenStates": {"layers": {"auto_race": {"share": share}}}}
     with pytest.raises(InputError, match=message):
         planned(content | {"objectives": ["Logits", raced, *others]})
+
+
+@pytest.mark.parametrize("shard", ["fsdp2", "auto"])
+def test_members_in_pieces_are_planned_anywhere(
+    content: dict[str, Any], models: Path, shard: str
+) -> None:
+    """A recipe for many processes is checked on one."""
+    member = {"Local": {"model": str(models / "teacher"), "shard": shard}}
+    content["teacher"] = {"Ensemble": {"members": [member, str(models / "teacher")]}}
+    assert planned(content).teacher.members[0].depth == 4
+
+
+def test_what_members_cannot_give_is_refused(content: dict[str, Any], models: Path) -> None:
+    experts = {name: str(models / "teacher") for name in ("one", "two")}
+    content["teacher"] = {"Routed": {"experts": experts, "by": "kind"}}
+    content["data"]["keep"] = ["kind"]
+    content["objectives"].append("AttentionMaps")
+    with pytest.raises(InputError, match=r"attention of blocks .* is asked for; use Logits and"):
+        planned(content)
