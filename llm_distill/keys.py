@@ -42,7 +42,8 @@ class Examples:
         return Examples(self.keys[:kept], self.rows[:kept], self.per_sequence[:sequences])
 
     def only(self, sequences: Sequence[int]) -> Examples:
-        """Those of some sequences."""
+        """Those of some sequences; of those that were left out before, none."""
+        sequences = [s for s in sequences if s < len(self.per_sequence)]
         ends = [0, *accumulate(self.per_sequence)]
         kept = [k for s in sequences for k in range(ends[s], ends[s + 1])]
         return Examples(

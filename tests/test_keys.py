@@ -84,3 +84,11 @@ def test_masked_models_supervise_the_token_itself() -> None:
     assert found.keys == (example_key(np.array([4, 9, 6]), np.array([1])),)
     assert found.rows == (1,)
     assert torch.equal(collate([example])["rows"].labels, torch.tensor([5]))
+
+
+def test_those_of_some_sequences() -> None:
+    """Sequences whose rows were left out have none: they stand behind those that count."""
+    every = Examples((b"a", b"b", b"c", b"d"), (1, 2, 3, 4), (1, 2, 1))
+    assert every.only([1]) == Examples((b"b", b"c"), (2, 3), (2,))
+    assert every.only([0, 2]) == Examples((b"a", b"d"), (1, 4), (1, 1))
+    assert every.first(1).only([0, 2]) == Examples((b"a",), (1,), (1,))

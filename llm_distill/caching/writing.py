@@ -29,6 +29,7 @@ from llm_distill.signals import Request
 
 if TYPE_CHECKING:
     from llm_distill.caching.plan import Capture
+    from llm_distill.signals import Head
     from llm_distill.teachers import Source
 
 SPARE = 1.05
@@ -166,6 +167,7 @@ def _there(capture: Capture, begun: Manifest, *, overwrite: bool) -> Manifest | 
 def _prepare_folder(capture: Capture, begun: Manifest, source: Source) -> None:
     """An empty cache: what is needed besides shards."""
     folder = capture.folder
+    head = _head_to_keep(source) if capture.estimator.example() is None else None
     folder.mkdir(parents=True, exist_ok=True)
     _clear(capture)
     config = copy.deepcopy(capture.run.teacher.config)
@@ -175,11 +177,24 @@ def _prepare_folder(capture: Capture, begun: Manifest, source: Source) -> None:
     tokenizer = capture.run.kwargs["processing_class"]
     if tokenizer is not None:
         tokenizer.save_pretrained(folder / TEACHER)
-    if capture.estimator.example() is None:
-        if source.model is None:
-            raise InputError("keep: hidden needs a teacher whose head is here; write keep: topk")
-        begun = replace(begun, head=save_head(folder, head_of(plain(source.model))))
+    if head is not None:
+        begun = replace(begun, head=save_head(folder, head))
     begun.write(folder / UNFINISHED)
+
+
+def _head_to_keep(source: Source) -> Head:
+    """The teacher's head, whole.
+
+    Raises:
+        InputError: If it is not in the memory of this process.
+    """
+    head = None if source.model is None else head_of(plain(source.model))
+    if head is None or head.weight.is_meta:
+        raise InputError(
+            "keep: hidden writes the teacher's head, which is not in memory here; write keep: "
+            "topk, or a device_map that leaves the head on the CPU"
+        )
+    return head
 
 
 def _clear(capture: Capture) -> None:

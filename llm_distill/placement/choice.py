@@ -57,6 +57,7 @@ class Facts:
         kv_heads: Heads of keys and values of a block.
         splits: Whether transformers knows how to split its layers (tensor parallelism).
         blocks: Path of the list of its blocks; None where it is not to be found.
+        quantised: Whether its weights are stored in fewer bits, and so cannot be cut into pieces.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Facts:
     kv_heads: int = 0
     splits: bool = False
     blocks: str | None = None
+    quantised: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,11 +164,12 @@ def _automatic(facts: Facts, launch: Launch) -> Placement:
     reason = f"whole it would take more than half {told}"
     if launch.world == 1:
         return Placement("offload", reason=reason)
-    if facts.blocks is None:
+    if facts.blocks is None or facts.quantised:
+        why = "weights are quantised" if facts.quantised else "blocks are not to be found"
         raise InputError(
             f"teacher {facts.name} takes {_gigabytes(facts.size)}, more than half {told}, and its "
-            "blocks are not to be found, so that it cannot lie in pieces; write shard: replica to "
-            "load it whole all the same, or take a smaller or a quantised teacher"
+            f"{why}, so that it cannot lie in pieces; write shard: replica to load it whole all "
+            "the same, or take a smaller teacher"
         )
     inside = launch.local if launch.local > 1 else launch.world
     copies = launch.world // inside
@@ -182,6 +185,11 @@ def _check_launch(shard: str, facts: Facts, launch: Launch) -> None:
             f"teacher {facts.name}: shard={shard!r} spreads it over processes and there is one; "
             "start several (accelerate launch --num_processes 8 …; on a CPU torchrun "
             "--nproc_per_node 2 …), or write device_map: auto"
+        )
+    if facts.quantised:
+        raise InputError(
+            f"teacher {facts.name}: its weights are quantised and cannot be cut into pieces; write "
+            "shard: replica"
         )
 
 

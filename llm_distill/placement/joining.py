@@ -42,7 +42,10 @@ def joined(batches: Sequence[Batch]) -> Batch:
 
 
 def with_all(inputs: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
-    """Inputs with those of the names, and a mask, written out as models take them by default.
+    """Inputs with those of the names, written out as models take them by default.
+
+    A mask as well, unless positions alone say where packed examples begin: with a mask beside them,
+    models would no longer keep these apart. What is padded behind them is another example then.
 
     Raises:
         ValueError: For inputs that nobody knows how to pad.
@@ -55,7 +58,9 @@ def with_all(inputs: Mapping[str, Tensor], names: Collection[str]) -> dict[str, 
             "once_per_step: false"
         )
     ids = inputs["input_ids"]
-    found = {"input_ids": ids, "attention_mask": inputs.get("attention_mask", torch.ones_like(ids))}
+    found = {"input_ids": ids}
+    if "attention_mask" in names or "position_ids" not in names:
+        found["attention_mask"] = inputs.get("attention_mask", torch.ones_like(ids))
     if "position_ids" in names:
         counted = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         found["position_ids"] = inputs.get("position_ids", counted)

@@ -32,6 +32,7 @@ def facts_of(
     kind = config.dtype if dtype == "auto" else dtype
     kind = getattr(torch, kind) if isinstance(kind, str) else kind
     width = torch.float32.itemsize if kind is None else kind.itemsize
+    bits = _bits(config)
     unique = {id(p): p.numel() for p in model.parameters()}
     spec = ModelSpec.of(config, name)
     try:
@@ -40,12 +41,24 @@ def facts_of(
         path = None
     return Facts(
         name=name,
-        size=sum(unique.values()) * width,
+        size=int(sum(unique.values()) * (width if bits is None else bits / 8)),
         heads=spec.heads,
         kv_heads=spec.kv_heads,
         splits=bool(model.tp_plan),
         blocks=path,
+        quantised=bits is not None,
     )
+
+
+def _bits(config: PreTrainedConfig) -> int | None:
+    """Of most weights of a quantised checkpoint; None for others."""
+    found: Any = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    told: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    if told.get("load_in_4bit"):
+        return 4
+    return int(told.get("bits") or 8)
 
 
 def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:

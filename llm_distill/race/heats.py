@@ -24,6 +24,7 @@ from llm_distill.errors import InputError
 from llm_distill.race.candidates import with_arm
 from llm_distill.race.examples import collator_copy, held_out, total_steps
 from llm_distill.teachers import Source, Teacher
+from llm_distill.teachers.members import Composite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,11 +41,19 @@ OWN = (dict, list, set, AcceleratorConfig)
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A teacher that is at work already, for another trainer."""
+class Opened(Composite):
+    """A teacher that is at work already, for another trainer.
+
+    Composite, so that what is asked of its members (columns of the data) is asked of it too.
+    """
 
     teacher: Teacher
     source: Source
+
+    @property
+    def teachers(self) -> tuple[Teacher, ...]:
+        """The one it is."""
+        return (self.teacher,)
 
     @property
     def model(self) -> Any:  # noqa: ANN401  a loaded model or its name; not every kind has one

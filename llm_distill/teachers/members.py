@@ -12,7 +12,7 @@ from torch import nn
 
 from llm_distill.errors import InputError
 from llm_distill.losses.blending import Blend, Part, Switch
-from llm_distill.signals import Dense, Distribution, Factored, ModelSpec
+from llm_distill.signals import Dense, Distribution, Factored, Head, ModelSpec
 from llm_distill.teachers.local import Local
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ class Composite(ABC):
 
 def has_device_map(teacher: object) -> bool:
     """Whether a teacher may lie on several devices of this process."""
-    return isinstance(teacher, Local) and teacher.device_map is not None
+    every = leaves(cast("Teacher", teacher))
+    return any(isinstance(leaf, Local) and leaf.device_map is not None for leaf in every)
 
 
 HOME = torch.device("cpu")
@@ -127,17 +128,12 @@ class Turn:
         """As the member."""
         self._move(self._device)
         try:
-            return self._source(batch)
+            return _staying(self._source(batch))
         finally:
             self._move(HOME)
 
     def prepare(self, batches: Sequence[Batch]) -> None:
-        """As the member."""
-        self._move(self._device)
-        try:
-            self._source.prepare(batches)
-        finally:
-            self._move(HOME)
+        """Nothing: one turn for each batch, so that what was said of others need not wait here."""
 
     def ask(self, request: Request) -> None:
         """As the member, which may try the request on a few tokens."""
@@ -158,6 +154,17 @@ class Turn:
             cast("nn.Module", self.model).to(device)
 
 
+def _staying(said: Signals) -> Signals:
+    """Signals that stay where they are when their model moves on, as its parameters do."""
+    found = said.distribution
+    if not isinstance(found, Factored):
+        return said
+    head = Head(
+        _kept(found.head.weight), _kept(found.head.bias), found.head.scale, found.head.softcap
+    )
+    return replace(said, distribution=Factored(found.head.features(found.hidden), head))
+
+
 def opened(member: Teacher, request: Request, device: torch.device, *, turns: bool) -> Source:
     """A member at work, on the device or taking turns there.
 
@@ -173,4 +180,10 @@ def opened(member: Teacher, request: Request, device: torch.device, *, turns: bo
             "leave one of the two out"
         )
     source = member.open(request, device)
+    if turns and getattr(source.model, "hf_device_map", None) is not None:
+        source.close()
+        raise InputError(
+            f"turns: {member.spec.name} does not fit the device alone, and lies in memory or on "
+            "disk in part; leave turns out, or write shard: replica to load it whole all the same"
+        )
     return Turn(source, device) if turns else source

@@ -15,6 +15,7 @@ from llm_distill.losses.blending import Switch
 from llm_distill.losses.sparse import TopK
 from llm_distill.signals import Request, Signals
 from llm_distill.teachers.base import Source, Teacher
+from llm_distill.teachers.ensemble import EnsembleSource
 from llm_distill.teachers.members import Composite, as_teachers, common_spec, opened, part_of
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ class RoutedSource:
         routes = self._routes(batch)
         heard: list[tuple[list[int], Signals]] = []
         for source, sequences in zip(self.sources, routes, strict=True):
-            if sequences or sharded(source.model):
+            if sequences or collective(source):
                 # Whoever has nothing to ask still takes part in the collective call.
                 said = source(batch.only(sequences or [0]))
                 heard += [(sequences, said)] if sequences else []
@@ -219,6 +220,13 @@ def columns_of(teacher: Teacher) -> tuple[str, ...]:
     return tuple(dict.fromkeys(router.by for router in routers(teacher)))
 
 
+def collective(source: Source) -> bool:
+    """Whether asking is a collective call: weights lie in pieces, its own or a member's."""
+    if isinstance(source, RoutedSource | EnsembleSource):
+        return any(map(collective, source.sources))
+    return sharded(source.model)
+
+
 def sharded(model: nn.Module | None) -> bool:
     """Whether the forward of a model is a collective call."""
     return model is not None and any(isinstance(p, DTensor) for p in model.parameters())
@@ -230,6 +238,8 @@ def _distribution(
     """The experts' rows as one distribution, in the order of the batch."""
     if heard[0][1].distribution is None:
         return None
+    rows = [(sequences, said) for sequences, said in heard if _places(batch, sequences)]
+    heard = rows or heard[:1]  # what was said of no row has no shape of its own
     places = [_places(batch, sequences) for sequences, _ in heard]
     found = [said.logits for _, said in heard]
     tops = [top for top in found if isinstance(top, TopK)]

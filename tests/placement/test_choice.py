@@ -78,6 +78,8 @@ def test_as_asked(shard: Any, size: int | None, launch: Launch, numbers: Any) ->
         ("tp", None, model(kv_heads=4), NODE, "8 processes cannot share its 4 key and value heads"),
         ("tp", None, model(kv_heads=4), NODE, "write shard_size: 4, or shard: fsdp2"),
         ("tp", None, model(heads=25, kv_heads=25), NODE, "its 25 query heads; write shard: fsdp2"),
+        ("tp", None, model(quantised=True), NODE, "quantised and cannot be cut into pieces"),
+        ("auto", None, model(90 * GB, quantised=True), NODE, "its weights are quantised"),
         ("fsdp2", None, model(blocks=None), NODE, "blocks are not to be found"),
         ("auto", None, model(90 * GB, blocks=None), NODE, "write shard: replica to load it whole"),
     ],

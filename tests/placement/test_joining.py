@@ -1,9 +1,11 @@
 """Batches side by side are read as they are alone."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from transformers import DataCollatorWithFlattening
 
 from llm_distill.binding import make_batch
 from llm_distill.capture import Reader
@@ -71,6 +73,28 @@ def close(one: torch.Tensor, other: torch.Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_packed_examples_stay_apart() -> None:
+    """They come with positions that begin anew, and without a mask: a mask would join them."""
+    collate = RowCollator(DataCollatorWithFlattening(), shift=True, valid=False)
+    data = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in tiny.rows(7)]
+    groups = (data[:2], data[2:5], data[5:])
+    given = [make_batch(collate(group), None, seed=0, epoch=0) for group in groups]
+    assert all("attention_mask" not in batch.inputs for batch in given)
+    with torch.no_grad():
+        reader = Reader(tiny.llama("teacher"), Request(logits=True), "m")
+        for batch, found in zip(given, reader.read_all(given), strict=True):
+            expected = reader.read(batch).whole.logits(slice(None))
+            close(found.whole.logits(slice(None)), expected)
+        joint = reader.read(_as_one(given[1])).whole.logits(slice(None))
+        assert not torch.allclose(joint, reader.read(given[1]).whole.logits(slice(None)), atol=1e-3)
+
+
+def _as_one(batch: Batch) -> Batch:
+    """The same with a mask, as if it were one example: what must not happen."""
+    ids = batch.inputs["input_ids"]
+    return replace(batch, inputs={**batch.inputs, "attention_mask": torch.ones_like(ids)})
+
+
 def test_the_head_is_the_same_object_for_all() -> None:
     """Gathered once, where it lies in pieces."""
     found = Reader(tiny.llama("teacher"), Request(logits=True), "m").read_all(batches())
@@ -89,6 +113,8 @@ def test_what_models_take_by_default_is_written_out() -> None:
     ids = torch.ones(2, 3, dtype=torch.long)
     found = with_all({"input_ids": ids}, TAKEN)
     assert found["attention_mask"].tolist() == ids.tolist()
+    packed = {"input_ids": ids, "position_ids": ids}
+    assert "attention_mask" not in with_all(packed, packed)
     assert found["position_ids"].tolist() == [[0, 1, 2]] * 2
     assert not found["token_type_ids"].any()
     assert set(with_all({"input_ids": ids}, ())) == {"input_ids", "attention_mask"}

@@ -41,3 +41,22 @@ def test_the_dtype_counts() -> None:
 
 def test_a_skeleton_weighs_nothing() -> None:
     assert all(p.is_meta for p in skeleton(tiny.llama("teacher").config).parameters())
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "bits"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 4),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, 8),
+        ({"quant_method": "gptq", "bits": 3}, 3),
+        ({"quant_method": "fp8"}, 8),
+    ],
+)
+def test_quantised_weights_are_smaller(quantisation: dict[str, Any], bits: int) -> None:
+    config = tiny.llama("teacher").config
+    whole = facts_of(config, "m", dtype="float32")
+    config.quantization_config = quantisation
+    found = facts_of(config, "m", dtype="float32")
+    assert found.quantised
+    assert not whole.quantised
+    assert found.size == whole.size * bits // 32

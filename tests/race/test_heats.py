@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from llm_distill import DistillTrainer, HiddenStates, Logits
+from llm_distill import DistillTrainer, HiddenStates, Logits, Routed
 from llm_distill.data import Collator
 from llm_distill.errors import InputError
 from llm_distill.layers import auto_race, uniform
@@ -25,7 +25,7 @@ from llm_distill.race import heats as module
 from llm_distill.race.halving import Arm
 from llm_distill.race.heats import Heats, arguments, refuse, same_random_numbers
 from llm_distill.signals import Request
-from llm_distill.teachers import Local
+from llm_distill.teachers import Local, columns_of
 from tests import tiny
 
 NONE = Arm("none", None)
@@ -173,6 +173,9 @@ class TestMeasure:
         assert (opened.config, opened.spec) == (run.teacher.config, run.teacher.spec)
         assert opened.find_tokenizer() is None
         assert isinstance(opened.model, LlamaForCausalLM)
+        experts = {"a": tiny.llama("teacher"), "b": tiny.llama("teacher")}
+        routed = module.Opened(Routed(experts, by="kind"), source)
+        assert columns_of(routed) == ("kind",)  # else a race would lose them
 
 
 class TestArguments:

@@ -8,11 +8,14 @@ import torch
 from torch import nn
 
 from llm_distill import Ensemble, Local
+from llm_distill.binding import make_batch
+from llm_distill.collation import RowCollator
+from llm_distill.data import Collator
 from llm_distill.errors import InputError
 from llm_distill.losses.sparse import TopK
 from llm_distill.rows import Batch
-from llm_distill.signals import Dense, Request, Signals
-from llm_distill.teachers import leaves
+from llm_distill.signals import Dense, Factored, Request, Signals
+from llm_distill.teachers import has_device_map, leaves
 from llm_distill.teachers.members import HOME, Turn, as_teachers, common_spec, opened, part_of
 from tests import tiny
 from tests.teachers.test_local import batch
@@ -140,3 +143,26 @@ def test_what_can_be_combined() -> None:
     assert part_of(Signals("a", Dense(values)), "x") is values
     with pytest.raises(ValueError, match="x combines whole distributions, and its member a gives "):
         part_of(Signals("a", TopK.of(values, 2)), "x")
+
+
+def test_a_head_stays_when_its_model_moves_on() -> None:
+    """On one device only a simulated move shows it: the home of weights is float64 here."""
+    member: Any = Local(tiny.bert()).open(Request(logits=True), torch.device("cpu"))
+    turn = Turn(member, torch.device("cpu"))
+    collate = RowCollator(Collator(pad_token_id=0), shift=False, valid=False)
+    given = make_batch(collate([tiny.rows()[0]]), None, seed=0, epoch=0)
+    said = turn(given)
+    member.model.to(torch.float64)
+    assert isinstance(said.distribution, Factored)
+    head = said.distribution.head
+    assert head.transform is None
+    assert head.weight.dtype == said.distribution.hidden.dtype == torch.float32
+    logits = said.distribution.logits(slice(None))
+    whole = Local(tiny.bert()).open(Request(logits=True), CPU)(given)
+    torch.testing.assert_close(logits, whole.whole.logits(slice(None)))
+
+
+def test_any_member_may_lie_on_several_devices() -> None:
+    spread, whole = Local("a/b", device_map="auto"), Local("a/c")
+    assert has_device_map(Ensemble([whole, spread]))
+    assert not has_device_map(Ensemble([whole, whole]))

@@ -28,7 +28,8 @@ from llm_distill.losses.sparse import TopK
 from llm_distill.rows import Batch
 from llm_distill.signals import Request, Signals
 from llm_distill.teachers import columns_of, routers
-from llm_distill.teachers.routed import RoutedSource, sharded
+from llm_distill.teachers.ensemble import EnsembleSource
+from llm_distill.teachers.routed import RoutedSource, collective, sharded
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -137,6 +138,14 @@ class TestSignals:
         said = source(batch(("a", "a"))).logits
         assert asked == [1]
         assert len(said) == len(batch(("a", "a")).supervised)
+
+    def test_a_member_of_an_expert_counts_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        one = Local(tiny.llama("student")).open(Request(logits=True), torch.device("cpu"))
+        spec = Ensemble([tiny.llama("student"), tiny.llama("student")])
+        pair = EnsembleSource(spec, [one, one], Request(logits=True))
+        assert not collective(pair)
+        monkeypatch.setattr("llm_distill.teachers.routed.sharded", lambda model: model is one.model)
+        assert collective(pair)
 
     def test_what_is_sharded(self) -> None:
         assert not sharded(None)
