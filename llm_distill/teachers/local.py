@@ -60,7 +60,8 @@ class Local:
             machine.
         once_per_step: Whether a teacher reads all micro-batches of a step at once, which gathers
             its pieces once a step. It takes the activations of so many more sequences, and what it
-            says of them is kept until they are trained on.
+            says of them is kept until they are trained on. It has no effect where a teacher takes
+            turns on a device, or on an expert of `Routed`.
         attn_implementation: As in transformers.
 
     Raises:

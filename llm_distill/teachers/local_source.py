@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llm_distill.capture import Reader
 from llm_distill.losses.sparse import Counts, TopK
+from llm_distill.rows import Batch
 from llm_distill.signals import Dense, Distribution, Factored, Head, Request, Signals
 
 if TYPE_CHECKING:
@@ -20,11 +21,10 @@ if TYPE_CHECKING:
 
     from llm_distill.attention import Heads
     from llm_distill.placement import Spread
-    from llm_distill.rows import Batch
 
 
-Known = tuple[Signals, int]
-"""What was said of a batch before it was asked for, and how often it will be."""
+Known = tuple[Batch, Signals, int]
+"""A batch, kept so that its id stays its own; what was said of it; how often that is wanted."""
 
 
 class LocalSource:
@@ -63,8 +63,8 @@ class LocalSource:
         known = self._known.get(id(batch))
         if known is None:
             return self._read([batch])[0]
-        signals, left = known
-        self._known[id(batch)] = signals, left - 1
+        _, signals, left = known
+        self._known[id(batch)] = batch, signals, left - 1
         if left == 1:
             del self._known[id(batch)]
         return signals
@@ -79,7 +79,7 @@ class LocalSource:
         times = Counter(map(id, batches))
         single = list({id(batch): batch for batch in batches}.values())
         for batch, signals in zip(single, self._read(single), strict=True):
-            self._known[id(batch)] = signals, times[id(batch)]
+            self._known[id(batch)] = batch, signals, times[id(batch)]
 
     def _read(self, batches: Sequence[Batch]) -> list[Signals]:
         """Signals of some batches, in one forward."""
@@ -91,6 +91,7 @@ class LocalSource:
 
     def ask(self, request: Request) -> None:
         """From now on give these signals only, of those it was opened for."""
+        self._known.clear()
         if self.model is None:
             raise RuntimeError("this teacher was closed; open it again")
         self._reader = Reader(self.model, request, f"teacher {self._name}", spread=self._spread)

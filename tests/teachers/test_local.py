@@ -281,6 +281,13 @@ class TestOncePerStep:
         source(second)  # a third time: nobody announced it
         assert len(runs) == 3
 
+    def test_another_request_is_answered_anew(self, teacher: PreTrainedModel) -> None:
+        source: LocalSource = Local(teacher, once_per_step=True).open(ALL, CPU)
+        given = batch()
+        source.prepare([given])
+        source.ask(Request(hidden=frozenset({2})))
+        assert source(given).distribution is None
+
     def test_by_default_nothing_is_read_ahead(self, teacher: PreTrainedModel) -> None:
         source: LocalSource = Local(teacher).open(ALL, CPU)
         runs = []
