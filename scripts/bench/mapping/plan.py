@@ -113,13 +113,28 @@ class Plan:
         if arm in ("none", "auto_race"):
             return 0.0
         arm = "auto" if arm == "auto as shipped" else arm
-        means: dict[float, float] = {}
-        for weight in self.settings.weights:
-            found = [self.kl(self.job(arm, seed, weight)) for seed in self.tuning]
-            if not found or any(kl is None for kl in found):
-                return None
-            means[weight] = sum(kl for kl in found if kl is not None) / len(found)
-        return min(means, key=lambda weight: means[weight])
+        tried = self.weights_of(arm)
+        means = {weight: self.mean(arm, weight) for weight in tried}
+        known = {weight: kl for weight, kl in means.items() if kl is not None}
+        return _least(known) if len(known) == len(tried) else None
+
+    def weights_of(self, arm: str) -> tuple[float, ...]:
+        """That a map is tried with: larger ones as long as the largest is the best."""
+        tried = list(self.settings.weights)
+        means = {weight: self.mean(arm, weight) for weight in tried}
+        for weight in self.settings.wider:
+            known = {weight: kl for weight, kl in means.items() if kl is not None}
+            if len(known) < len(means) or not known or _least(known) != tried[-1]:
+                break
+            tried.append(weight)
+            means[weight] = self.mean(arm, weight)
+        return tuple(tried)
+
+    def mean(self, arm: str, weight: float) -> float | None:
+        """Mean KL over the tuning seeds; None until all are there."""
+        found = [self.kl(self.job(arm, seed, weight)) for seed in self.tuning]
+        known = [kl for kl in found if kl is not None]
+        return sum(known) / len(known) if known and len(known) == len(found) else None
 
     @property
     def tuning(self) -> range:
@@ -130,9 +145,9 @@ class Plan:
 
     def tuned(self, arm: str) -> float:
         """Mean KL over the tuning seeds at the best weight, infinite where it is not known."""
-        found = [self.kl(self.job(arm, seed)) for seed in self.tuning]
-        known = [kl for kl in found if kl is not None]
-        return sum(known) / len(known) if known and len(known) == len(found) else math.inf
+        weight = self.best_weight(arm)
+        found = None if weight is None else self.mean(arm, weight)
+        return math.inf if found is None else found
 
     def best_hand(self) -> str | None:
         """The map by hand with the least KL over the tuning seeds; None until all are there."""
@@ -179,7 +194,7 @@ class Plan:
             if self.wants(arm):
                 yield from self._jobs(arm)
         for arm in self.maps():
-            for weight in self.settings.weights:
+            for weight in self.weights_of(arm):
                 for seed in self.tuning:
                     yield from _known(self.job(arm, seed, weight))
 
@@ -246,6 +261,11 @@ class Plan:
 def _known(job: Job | None) -> Iterator[Job]:
     if job is not None:
         yield job
+
+
+def _least(means: dict[float, float]) -> float:
+    """The weight with the least mean."""
+    return min(means, key=lambda weight: means[weight])
 
 
 def _plain(rows: Rows | None) -> bool:

@@ -50,6 +50,8 @@ def _head(settings: Settings, plans: Sequence[Plan], facts: Mapping[str, str]) -
     hours = sum(line["cpu"] for line in lines) / 3600
     s = settings
     weights = ", ".join(f"{weight:g}" for weight in s.weights)
+    wider = " or ".join(f"{weight:g}" for weight in s.wider)
+    beyond = f" (or {wider}, where the largest so far is the best)" if s.wider else ""
     return [
         "# Layer maps: automatic ones against the best by hand",
         "",
@@ -58,8 +60,9 @@ def _head(settings: Settings, plans: Sequence[Plan], facts: Mapping[str, str]) -
         f"*auto as shipped*; where widths differ, projectors start {STARTS[s.init]}. "
         "Figure: KL(teacher || student) on "
         f"{s.held_out} held-out passages, nats per byte that is asked for. Every map has its best "
-        f"weight of {weights}, chosen on {s.tuning} seeds; arms are paired: same seed, data order "
-        "and first weights. Intervals are 95 % bootstraps, differences over seeds x passages. The "
+        f"weight of {weights}{beyond}, chosen on {s.tuning} seeds; arms are paired: same seed, "
+        "data order and first weights. Intervals are 95 % bootstraps, differences over seeds x "
+        "passages. The "
         f"best map by hand is that of {', '.join(HAND)} with the least KL over the seeds that "
         "weights are chosen on.",
         "",

@@ -112,6 +112,7 @@ class Settings:
         held_out: Sequences of the held-out text.
         pretraining: Steps of students that start from a training of their own.
         weights: Of the hint; every map is used with its best one.
+        wider: Tried one after the other, by maps whose best weight so far is the largest.
         tuning: Seeds that the best weight is chosen on.
         few: Seeds of every arm.
         many: Seeds of the arms that the verdict rests on.
@@ -129,6 +130,7 @@ class Settings:
     held_out: int = 96
     pretraining: int = 200
     weights: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
+    wider: tuple[float, ...] = (30.0, 100.0)
     tuning: int = 2
     few: int = 3
     many: int = 8
@@ -146,15 +148,16 @@ class Settings:
         return self.steps * self.pair(name).length
 
     def digest(self, name: str) -> str:
-        """Of everything that the results of a pair depend on, for the name of their folder."""
+        """Of everything that the lines of a pair depend on, for the name of their folder."""
         told = asdict(self) | {"pairs": [name, asdict(self.pair(name))]}
+        del told["wider"]  # more lines, and no other ones
         return f"{zlib.crc32(json.dumps(told).encode()):08x}"
 
     def quick(self) -> Settings:
         """Next to nothing of the same, for tests."""
         pairs = tuple((name, _tiny(pair)) for name, pair in self.pairs)
         tiny = replace(self, pairs=pairs, steps=4, batch=2, length=16, held_out=4, pretraining=2)
-        return replace(tiny, weights=(1.0, 3.0), tuning=1, few=2, many=2, maps=4)
+        return replace(tiny, weights=(1.0, 3.0), wider=(), tuning=1, few=2, many=2, maps=4)
 
 
 def _tiny(pair: Pair) -> Pair:

@@ -96,16 +96,18 @@ class Results:
 
     def weights(self) -> list[str]:
         """Mean KL over the tuning seeds, by map and weight."""
-        plan, rows = self.plan, []
-        for arm in plan.maps():
+        plan = self.plan
+        tried = {arm: plan.weights_of(arm) for arm in plan.maps()}
+        columns = sorted({weight for weights in tried.values() for weight in weights})
+        rows = []
+        for arm, weights in tried.items():
             cells = []
-            for weight in plan.settings.weights:
-                found = [plan.kl(plan.job(arm, seed, weight)) for seed in plan.tuning]
-                known = [kl for kl in found if kl is not None]
+            for weight in columns:
+                mean = plan.mean(arm, weight) if weight in weights else None
                 mark = "**" if weight == plan.best_weight(arm) else ""
-                cells.append(f"{mark}{sum(known) / len(known):.4f}{mark}" if known else "")
+                cells.append("" if mean is None else f"{mark}{mean:.4f}{mark}")
             rows.append([arm, *cells])
-        return markdown(["map", *(f"weight {w:g}" for w in plan.settings.weights)], rows)
+        return markdown(["map", *(f"weight {w:g}" for w in columns)], rows)
 
     def race(self) -> list[str]:
         """What won the races, and what they took."""

@@ -74,6 +74,22 @@ def test_the_best_weight_is_that_of_the_tuning_seeds(plan: Plan) -> None:
     assert plan.best_map() == "skip"
 
 
+def test_larger_weights_are_tried_as_long_as_the_largest_is_the_best(plan: Plan) -> None:
+    finish(plan, lambda job: kl(replace(job, weight=job.weight / 3 if is_last(job) else 0)))
+    assert plan.weights_of("last") == (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+    assert plan.best_weight("last") == 30.0
+    assert plan.weights_of("uniform") == (0.3, 1.0, 3.0, 10.0)
+
+
+def is_last(job: Job) -> bool:
+    return name_of(job) == "last"
+
+
+def test_what_weights_are_tried_changes_no_line(settings: Settings) -> None:
+    assert replace(settings, wider=()).digest("a") == settings.digest("a")
+    assert replace(settings, weights=(1.0,)).digest("a") != settings.digest("a")
+
+
 def test_other_seeds_do_not_choose_the_weight(plan: Plan) -> None:
     finish(plan, lambda job: kl(job) + (5.0 if job.seed > 1 and job.weight == 1.0 else 0.0))
     assert plan.best_weight("uniform") == 1.0
@@ -120,8 +136,8 @@ def test_only_arms_that_were_asked_for(settings: Settings, lines: Lines) -> None
     plan = Plan(settings, "a", lines, ("none", "last"), 2)
     finish(plan, kl)
     runs = [job for job in lines.every() if job["kind"] == "run"]
-    # none on 2 seeds, last at 4 weights on 2 seeds
-    assert len(runs) == 2 + 8
+    # none on 2 seeds, last at 4 weights on 2 seeds, and at 30, since 10 was the best
+    assert len(runs) == 2 + 10
 
 
 def test_how_much_there_is_to_do(plan: Plan) -> None:
