@@ -1,5 +1,6 @@
 """Every shipped recipe parses, binds, and takes two steps on tiny models; launchers launch."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,8 @@ def tiny_teacher(given: Any, models: Path, out: Path, url: str) -> Any:
 def test_the_promised_recipes_are_there() -> None:
     kinds = {"cached.yaml", "ensemble.yaml", "itself.yaml", "remote.yaml", "sharded_teacher.yaml"}
     assert {"logits.yaml", "features.yaml", *kinds} <= {path.name for path in RECIPES}
-    launchers = ["ddp.yaml", "fsdp2.yaml", "single.yaml", "two_machines.yaml"]
-    assert [path.name for path in LAUNCHERS] == launchers
+    launchers = ["ddp", "device_map", "fsdp2", "hsdp", "single", "tp"]
+    assert [path.stem for path in LAUNCHERS] == launchers
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
@@ -137,22 +138,37 @@ class TestRecipes:
             assert weights.isfinite().all()
 
 
+PLACES: dict[str, tuple[dict[str, Any], int, str]] = {
+    "ddp": ({"shard": "fsdp2"}, 2, "on each of 2 processes (as asked)"),
+    "hsdp": ({"shard": "hsdp", "shard_size": 2}, 4, "on each of 2 processes x 2 copies (as asked)"),
+    "tp": ({"shard": "tp"}, 2, "on each of 2 processes (as asked)"),
+    "device_map": ({"device_map": "auto", "shard": "auto"}, 1, ""),
+}
+"""Launchers: what the recipe says beside them, processes here, what is told of the pieces."""
+
+
 @pytest.mark.distributed
-def test_a_teacher_in_pieces_on_two_processes(models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", PLACES)
+def test_a_large_teacher_by_its_launcher(launcher: str, models: Path, tmp_path: Path) -> None:
     """The sharded recipe through Accelerate's launcher, on gloo; what it tells of the pieces."""
+    placed, processes, wanted = PLACES[launcher]
     recipe = ROOT / "recipes/sharded_teacher.yaml"
     content = tiny_version(recipe, models, tmp_path / "out")
     settings = document.read(recipe)["teacher"]["Local"]
-    teacher = {**settings, "model": str(models / "teacher"), "dtype": "float32"}
+    own = {"model": str(models / "teacher"), "dtype": "float32"}
+    teacher = {**settings, **own, **placed}
     small = tmp_path / "sharded.yaml"
     small.write_text(document.dump({**content, "teacher": {"Local": teacher}}))
-    launcher = tmp_path / "ddp.yaml"
-    shipped = (ROOT / "recipes/accelerate/ddp.yaml").read_text()
-    launcher.write_text(shipped.replace("use_cpu: false", "use_cpu: true"))
-    asked = ["--config_file", str(launcher), "--main_process_port", "0", "-m", "llm_distill", "run"]
+    config = tmp_path / "launcher.yaml"
+    text = (ROOT / f"recipes/accelerate/{launcher}.yaml").read_text()
+    here = {"use_cpu": "true", "num_processes": str(processes), "num_machines": "1"}
+    for key, value in here.items():
+        text, count = re.subn(rf"^{key}: \S+", f"{key}: {value}", text, flags=re.M)
+        assert count == 1
+    config.write_text(text)
+    asked = ["--config_file", str(config), "--main_process_port", "0", "-m", "llm_distill", "run"]
     told = launch("accelerate.commands.launch", *asked, str(small))
-    assert "fsdp2, " in told
-    assert "on each of 2 processes (as asked)" in told
+    assert wanted in told
     weights = torch.nn.utils.parameters_to_vector(_parameters(tmp_path / "out"))
     assert weights.isfinite().all()
 
@@ -176,7 +192,9 @@ class TestLaunchers:
             ("single", "NO", 1),
             ("ddp", "MULTI_GPU", 2),
             ("fsdp2", "FSDP", 2),
-            ("two_machines", "MULTI_GPU", 16),
+            ("hsdp", "MULTI_GPU", 16),
+            ("tp", "MULTI_GPU", 8),
+            ("device_map", "NO", 1),
         ],
     )
     def test_what_it_launches(self, name: str, kind: str, processes: int) -> None:

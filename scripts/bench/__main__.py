@@ -1,4 +1,4 @@
-"""`python -m scripts.bench head|step|mapping|cache|remote`: the command line.
+"""`python -m scripts.bench head|step|mapping|cache|remote|placement`: the command line.
 
 It imports torch when it has to run.
 """
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.bench import cache
+from scripts.bench import cache, placement
 from scripts.bench import settings as asked
 from scripts.bench.mapping import command as mapping
 from scripts.bench.remote import command as remote
@@ -54,7 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a benchmark, and print and write what came out."""
     argv = sys.argv[1:] if argv is None else argv
     options = parser().parse_args(argv)
-    alone = {"mapping": mapping.execute, "cache": cache.execute, "remote": remote.execute}
+    alone = {
+        "mapping": mapping.execute,
+        "cache": cache.execute,
+        "remote": remote.execute,
+        "placement": placement.execute,
+    }
     if options.benchmark in alone:
         return alone[options.benchmark](options, argv)
     # Read by OpenMP when torch is imported, and by the processes that measure memory.
@@ -111,6 +116,8 @@ def parser() -> argparse.ArgumentParser:
     remote.add(commands.add_parser("remote", help=about, description=about))
     about = "Bytes, fidelity and reading speed of cached teachers."
     cache.add(commands.add_parser("cache", help=about, description=about))
+    about = "What each way of holding a large teacher takes and moves, reckoned."
+    placement.add(commands.add_parser("placement", help=about, description=about))
     return made
 
 
