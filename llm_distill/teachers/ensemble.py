@@ -14,7 +14,15 @@ from llm_distill.losses.blending import Blend, Confidence, Mode
 from llm_distill.losses.several import Several, Sparse
 from llm_distill.signals import ModelSpec, Request, Signals
 from llm_distill.teachers.base import Source, Teacher
-from llm_distill.teachers.members import Composite, as_teachers, common_spec, opened, part_of
+from llm_distill.teachers.members import (
+    Composite,
+    as_teachers,
+    check_turns,
+    common_spec,
+    forms,
+    opened,
+    part_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -99,17 +107,39 @@ class Ensemble(Composite):
         return next((tokenizer for tokenizer in found if tokenizer is not None), None)
 
     def check(self, request: Request, device: torch.device) -> None:
-        """Refuse what a member refuses, and layers of nobody in particular.
+        """Refuse what a member refuses, what cannot be combined, and layers of nobody.
 
         Raises:
             InputError: As the members.
         """
+        if self.turns:
+            check_turns(self.teachers)
+        if request.logits:
+            self.form()
         try:
             _refuse_nobody(request, self.spec.name)
         except ValueError as error:
             raise InputError(str(error)) from error
         for k, member in enumerate(self.teachers):
             member.check(_share_of(request, k), device)
+
+    def form(self) -> str | None:
+        """Which few tokens of each row are told, if not all.
+
+        Raises:
+            InputError: For members whose answers cannot be combined.
+        """
+        found = forms("Ensemble", self.teachers)
+        if found[0] is None:
+            return None
+        if self.mode != "mixture" or self.confidence is not None:
+            what = f"mode: {self.mode}" if self.confidence is None else "confidence"
+            raise InputError(
+                f"Ensemble: {what} combines whole distributions, and {self.teachers[0].spec.name} "
+                f"tells {found[0]} of each row; write mode: mixture without confidence, or take "
+                "members that tell all tokens"
+            )
+        return f"several ({'; '.join(map(str, found))})"
 
     def open(self, request: Request, device: torch.device) -> EnsembleSource:
         """Open all members, one after the other.

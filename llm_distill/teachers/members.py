@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from llm_distill.cache.kinds import Top
 from llm_distill.errors import InputError
 from llm_distill.losses.blending import Blend, Part, Switch
 from llm_distill.signals import Dense, Distribution, Factored, Head, ModelSpec
+from llm_distill.teachers.cached import Cached
 from llm_distill.teachers.local import Local
+from llm_distill.teachers.remote import Remote
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,11 +36,60 @@ class Composite(ABC):
     def teachers(self) -> tuple[Teacher, ...]:
         """Those it is made of."""
 
+    @abstractmethod
+    def form(self) -> str | None:
+        """As `form_of`.
+
+        Raises:
+            InputError: For members whose answers cannot be combined.
+        """
+
 
 def has_device_map(teacher: object) -> bool:
     """Whether a teacher may lie on several devices of this process."""
     every = leaves(cast("Teacher", teacher))
     return any(isinstance(leaf, Local) and leaf.device_map is not None for leaf in every)
+
+
+LIKELIEST = "the likeliest"
+"""How the form of top-k targets begins."""
+
+
+def form_of(teacher: Teacher) -> str | None:
+    """Which few tokens of each row a teacher tells; None where it tells all, or nobody knows yet.
+
+    >>> form_of(Remote("http://gpu-box:8000", "an/id", 20))
+    'the likeliest 20'
+    """
+    if isinstance(teacher, Composite):
+        return teacher.form()
+    if isinstance(teacher, Remote):
+        return f"{LIKELIEST} {teacher.top_k}"
+    if not isinstance(teacher, Cached):
+        return None
+    kept = teacher.store.manifest.estimator
+    if isinstance(kept, Top):
+        return f"{LIKELIEST} {kept.k}"
+    return None if kept.example() is None else str(kept)
+
+
+def forms(owner: str, teachers: Sequence[Teacher]) -> list[str | None]:
+    """Those of members, of which all or none tell a few tokens.
+
+    Raises:
+        InputError: For some that do and some that do not.
+    """
+    found = [form_of(teacher) for teacher in teachers]
+    if None in found and any(found):
+        named = ", ".join(
+            f"{teacher.spec.name} tells {form or 'all tokens'}"
+            for teacher, form in zip(teachers, found, strict=True)
+        )
+        raise InputError(
+            f"{owner}: {named} of each row, and the two cannot be one distribution; take members "
+            "that tell all (Local, Cached with keep: hidden), or only such that tell a few"
+        )
+    return found
 
 
 HOME = torch.device("cpu")
@@ -165,25 +218,57 @@ def _staying(said: Signals) -> Signals:
     return replace(said, distribution=Factored(found.head.features(found.hidden), head))
 
 
+def check_turns(members: Sequence[Teacher]) -> None:
+    """Refuse members whose weights cannot leave the device.
+
+    Raises:
+        InputError: Saying what to write.
+    """
+    for leaf in (leaf for member in members for leaf in leaves(member)):
+        if not isinstance(leaf, Local):
+            continue
+        if leaf.device_map is not None or getattr(leaf.model, "hf_device_map", None) is not None:
+            raise InputError(
+                f"turns: {leaf.name} has a device_map, which keeps its weights where they are; "
+                "leave one of the two out"
+            )
+        if leaf.shard in ("fsdp2", "hsdp", "tp"):
+            raise _cannot_leave(leaf.name)
+
+
+def _cannot_leave(name: str) -> InputError:
+    """For pieces of a model, which are where their process trains."""
+    return InputError(
+        f"turns: {name} lies in pieces on several processes, which stay on their devices; leave "
+        "turns out, or write shard: replica"
+    )
+
+
+def in_pieces(model: nn.Module | None) -> bool:
+    """Whether the forward of a model is a collective call."""
+    return model is not None and any(isinstance(p, DTensor) for p in model.parameters())
+
+
 def opened(member: Teacher, request: Request, device: torch.device, *, turns: bool) -> Source:
     """A member at work, on the device or taking turns there.
 
     Raises:
-        ValueError: If it cannot give a signal, or cannot leave the device.
+        InputError: If it cannot leave the device.
+        ValueError: If it cannot give a signal.
     """
-    spread = isinstance(member, Local) and (
-        member.device_map is not None or getattr(member.model, "hf_device_map", None) is not None
-    )
-    if turns and spread:
-        raise InputError(
-            f"turns: {member.spec.name} has a device_map, which keeps its weights where they are; "
-            "leave one of the two out"
-        )
+    if turns:
+        check_turns([member])
     source = member.open(request, device)
-    if turns and getattr(source.model, "hf_device_map", None) is not None:
+    if not turns:
+        return source
+    name, model = member.spec.name, source.model
+    if in_pieces(model):
+        source.close()
+        raise _cannot_leave(name)
+    if getattr(model, "hf_device_map", None) is not None:
         source.close()
         raise InputError(
-            f"turns: {member.spec.name} does not fit the device alone, and lies in memory or on "
-            "disk in part; leave turns out, or write shard: replica to load it whole all the same"
+            f"turns: {name} does not fit the device alone, and lies in memory or on disk in part; "
+            "leave turns out, or write shard: replica to load it whole all the same"
         )
-    return Turn(source, device) if turns else source
+    return Turn(source, device)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from llm_distill.errors import InputError
@@ -16,12 +15,22 @@ from llm_distill.losses.sparse import TopK
 from llm_distill.signals import Request, Signals
 from llm_distill.teachers.base import Source, Teacher
 from llm_distill.teachers.ensemble import EnsembleSource
-from llm_distill.teachers.members import Composite, as_teachers, common_spec, opened, part_of
+from llm_distill.teachers.members import (
+    LIKELIEST,
+    Composite,
+    as_teachers,
+    check_turns,
+    common_spec,
+    forms,
+    in_pieces,
+    opened,
+    part_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedConfig
 
     from llm_distill.rows import Batch
@@ -89,17 +98,40 @@ class Routed(Composite):
         return next((tokenizer for tokenizer in found if tokenizer is not None), None)
 
     def check(self, request: Request, device: torch.device) -> None:
-        """Refuse layers that experts do not share, and what an expert refuses.
+        """Refuse what experts do not share, and what an expert refuses.
 
         Raises:
             InputError: Naming them.
         """
+        if self.turns:
+            check_turns(self.teachers)
+        if request.logits:
+            self.form()
         try:
             self._check(request)
         except ValueError as error:
             raise InputError(str(error)) from error
         for teacher in self.teachers:
             teacher.check(request, device)
+
+    def form(self) -> str | None:
+        """Which few tokens of each row are told, if not all.
+
+        Raises:
+            InputError: For experts that tell other ones: their rows are one table.
+        """
+        found = forms("Routed", self.teachers)
+        alike = len(set(found)) == 1 and (found[0] or LIKELIEST).startswith(LIKELIEST)
+        if not alike:
+            told = ", ".join(
+                f"{name}: {form}" for name, form in zip(self.names, found, strict=True)
+            )
+            raise InputError(
+                f"Routed: its experts tell a few tokens of each row ({told}), and their rows are "
+                "one table; let all tell the same number of likeliest ones, or all tokens (Local, "
+                "Cached with keep: hidden)"
+            )
+        return found[0]
 
     def open(self, request: Request, device: torch.device) -> RoutedSource:
         """Open all experts, one after the other.
@@ -224,12 +256,7 @@ def collective(source: Source) -> bool:
     """Whether asking is a collective call: weights lie in pieces, its own or a member's."""
     if isinstance(source, RoutedSource | EnsembleSource):
         return any(map(collective, source.sources))
-    return sharded(source.model)
-
-
-def sharded(model: nn.Module | None) -> bool:
-    """Whether the forward of a model is a collective call."""
-    return model is not None and any(isinstance(p, DTensor) for p in model.parameters())
+    return in_pieces(source.model)
 
 
 def _distribution(

@@ -1,23 +1,35 @@
 """Members of several teachers: what they are, and turns on one device."""
 
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from llm_distill import Ensemble, Local
+from llm_distill import Cached, Ensemble, Local, Remote, Routed
 from llm_distill.binding import make_batch
+from llm_distill.cache import estimators
 from llm_distill.collation import RowCollator
 from llm_distill.data import Collator
 from llm_distill.errors import InputError
 from llm_distill.losses.sparse import TopK
 from llm_distill.rows import Batch
 from llm_distill.signals import Dense, Factored, Request, Signals
-from llm_distill.teachers import has_device_map, leaves
-from llm_distill.teachers.members import HOME, Turn, as_teachers, common_spec, opened, part_of
-from tests import tiny
+from llm_distill.teachers import has_device_map, leaves, members
+from llm_distill.teachers.members import (
+    HOME,
+    Turn,
+    as_teachers,
+    common_spec,
+    form_of,
+    in_pieces,
+    opened,
+    part_of,
+)
+from tests import caches, tiny
 from tests.teachers.test_local import batch
 
 CPU = torch.device("cpu")
@@ -102,17 +114,82 @@ def test_what_was_said_outlives_the_turn() -> None:
     assert part.weight.shape == (tiny.VOCABULARY, 64)
 
 
-def test_a_device_map_takes_no_turns() -> None:
-    with pytest.raises(InputError, match="turns: an/id has a device_map, which keeps"):
-        opened(_Named("an/id", device_map="auto"), Request(), CPU, turns=True)
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        (Local("an/id", device_map="auto"), "turns: an/id has a device_map, which keeps"),
+        (Local("an/id", shard="fsdp2"), "turns: an/id lies in pieces .* write shard: replica"),
+        (Ensemble(["a/b", Local("an/id", shard="tp")]), "turns: an/id lies in pieces"),
+    ],
+)
+def test_what_cannot_leave_takes_no_turns(member: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        opened(member, Request(), CPU, turns=True)
+    pair = Ensemble([Local(tiny.llama("teacher")), member], turns=True)
+    with pytest.raises(InputError, match=message):
+        pair.check(Request(), CPU)
+    with pytest.raises(InputError, match=message):
+        Routed({"a": tiny.llama("teacher"), "b": member}, by="kind", turns=True).check(
+            Request(), CPU
+        )
 
 
-class _Named(Local):
-    """A spec whose config nobody reads."""
+def test_what_turned_out_to_lie_in_pieces_takes_no_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `auto` may decide."""
+    monkeypatch.setattr(members, "in_pieces", lambda model: model is not None)
+    with pytest.raises(InputError, match="LlamaForCausalLM lies in pieces on several processes"):
+        opened(Local(tiny.llama("teacher")), Request(logits=True), CPU, turns=True)
 
-    @property
-    def spec(self) -> Any:
-        return type("Spec", (), {"name": self.model})
+
+def test_what_lies_in_pieces() -> None:
+    assert not in_pieces(None)
+    assert not in_pieces(tiny.llama("student"))
+
+
+class TestForms:
+    """What members tell of a row, known before any weights load."""
+
+    @pytest.fixture
+    def top(self, tmp_path: Path) -> Cached:
+        return Cached(caches.written(tmp_path / "top", partial(estimators.topk, k=4)))
+
+    @pytest.fixture
+    def drawn(self, tmp_path: Path) -> Cached:
+        return Cached(caches.written(tmp_path / "drawn", partial(estimators.sampled, n=4)))
+
+    @pytest.fixture
+    def whole(self, tmp_path: Path) -> Cached:
+        return Cached(caches.written(tmp_path / "whole", estimators.hidden))
+
+    def test_of_one(self, top: Cached, drawn: Cached, whole: Cached) -> None:
+        assert form_of(Local("an/id")) is None
+        assert form_of(top) == form_of(Remote("http://x", "an/id", 4)) == "the likeliest 4"
+        assert form_of(drawn) == str(drawn.store.manifest.estimator)
+        assert form_of(whole) is None
+
+    def test_an_ensemble_tells_all_or_few(self, top: Cached, drawn: Cached, whole: Cached) -> None:
+        request, local = Request(logits=True), Local(tiny.llama("teacher"))
+        assert form_of(Ensemble([whole, local])) is None
+        pair = Ensemble([top, drawn])
+        assert str(form_of(pair)).startswith("several (the likeliest 4; ")
+        pair.check(request, CPU)
+        with pytest.raises(InputError, match="tells the likeliest 4, LlamaForCausalLM tells all"):
+            Ensemble([top, local]).check(request, CPU)
+        Ensemble([top, local]).check(Request(), CPU)
+        with pytest.raises(InputError, match="mode: logit_mean combines whole distributions"):
+            Ensemble([top, drawn], mode="logit_mean").check(request, CPU)
+        with pytest.raises(InputError, match="Ensemble: confidence combines whole distributions"):
+            Ensemble([top, drawn], confidence="entropy").check(request, CPU)
+
+    def test_experts_tell_alike(self, top: Cached, drawn: Cached, tmp_path: Path) -> None:
+        request = Request(logits=True)
+        other = Cached(caches.written(tmp_path / "other", partial(estimators.topk, k=5)))
+        assert form_of(Routed({"a": top, "b": top}, by="kind")) == "the likeliest 4"
+        for expert in (other, drawn, Ensemble([top, top])):
+            with pytest.raises(InputError, match=r"tell a few tokens of each row \(a: the likel"):
+                Routed({"a": top, "b": expert}, by="kind").check(request, CPU)
+        with pytest.raises(InputError, match="Routed: its experts tell a few tokens"):
+            Routed({"a": drawn, "b": drawn}, by="kind").check(request, CPU)
 
 
 def test_leaves() -> None:

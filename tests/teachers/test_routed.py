@@ -29,7 +29,7 @@ from llm_distill.rows import Batch
 from llm_distill.signals import Request, Signals
 from llm_distill.teachers import columns_of, routers
 from llm_distill.teachers.ensemble import EnsembleSource
-from llm_distill.teachers.routed import RoutedSource, collective, sharded
+from llm_distill.teachers.routed import RoutedSource, collective
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -133,7 +133,7 @@ class TestSignals:
 
         source.sources = (first, Counting())  # type: ignore[assignment]
         monkeypatch.setattr(
-            "llm_distill.teachers.routed.sharded", lambda model: model is Counting.model
+            "llm_distill.teachers.routed.in_pieces", lambda model: model is Counting.model
         )
         said = source(batch(("a", "a"))).logits
         assert asked == [1]
@@ -144,12 +144,10 @@ class TestSignals:
         spec = Ensemble([tiny.llama("student"), tiny.llama("student")])
         pair = EnsembleSource(spec, [one, one], Request(logits=True))
         assert not collective(pair)
-        monkeypatch.setattr("llm_distill.teachers.routed.sharded", lambda model: model is one.model)
+        monkeypatch.setattr(
+            "llm_distill.teachers.routed.in_pieces", lambda model: model is one.model
+        )
         assert collective(pair)
-
-    def test_what_is_sharded(self) -> None:
-        assert not sharded(None)
-        assert not sharded(tiny.llama("student"))
 
     def test_experts_that_keep_a_few_tokens(self) -> None:
         class Top:
