@@ -1,7 +1,7 @@
 """Where a large frozen model lies: whole on every process, or in pieces on several."""
 
 from llm_distill.placement.choice import SHARDS, Facts, Launch, Placement, Shard, choose
-from llm_distill.placement.launch import launched
+from llm_distill.placement.launch import caps, launched
 from llm_distill.placement.sharding import (
     groups,
     load_sharded,
@@ -17,6 +17,7 @@ __all__ = [
     "Placement",
     "Shard",
     "Spread",
+    "caps",
     "choose",
     "facts_of",
     "groups",

@@ -78,6 +78,7 @@ class Placement:
         fsdp: Processes that hold a piece each, and gather a block when it runs.
         replicas: Copies of all pieces.
         tp: Processes that compute each layer together.
+        room: Bytes of the device that it may take, the rest being for the student; 0: all it needs.
         reason: In words.
     """
 
@@ -85,6 +86,7 @@ class Placement:
     fsdp: int = 1
     replicas: int = 1
     tp: int = 1
+    room: int = 0
     reason: str = ""
 
     @property
@@ -163,7 +165,7 @@ def _automatic(facts: Facts, launch: Launch) -> Placement:
         return Placement("replica", replicas=launch.world, reason=reason)
     reason = f"whole it would take more than half {told}"
     if launch.world == 1:
-        return Placement("offload", reason=reason)
+        return Placement("offload", room=room, reason=reason)
     if facts.blocks is None or facts.quantised:
         why = "weights are quantised" if facts.quantised else "blocks are not to be found"
         raise InputError(

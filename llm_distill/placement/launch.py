@@ -33,3 +33,19 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def caps(device: torch.device, room: int) -> dict[int | str, int] | None:
+    """`max_memory` of a model that lies on a device, in memory and on disk.
+
+    Args:
+        device: Of this process.
+        room: Bytes of it that the model may take.
+
+    Returns:
+        None on a CPU, whose memory is all there is before the disk.
+    """
+    if device.type == "cpu":
+        return None
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return {index: room, "cpu": free_bytes(torch.device("cpu"))}

@@ -19,6 +19,7 @@ from llm_distill.placement import (
     Placement,
     Shard,
     Spread,
+    caps,
     choose,
     facts_of,
     launched,
@@ -159,6 +160,7 @@ class Local:
         *,
         default_dtype: str = "auto",
         device_map: str | Mapping[str, Any] | None = None,
+        max_memory: Mapping[int | str, int] | None = None,
     ) -> PreTrainedModel:
         """The model, whole; with a request, without the head and upper blocks it does not need."""
         if not isinstance(self.model, str):
@@ -169,6 +171,7 @@ class Local:
             dtype=self.dtype or default_dtype,
             backbone=request is not None and not request.logits,
             device_map=self.device_map or device_map,
+            max_memory=max_memory,
             **self._options,
         )
 
@@ -209,13 +212,20 @@ class Local:
             )
             spread = Spread.of(model) if placement.tp > 1 else None
         else:
-            offload = "auto" if placement.kind == "offload" else None
-            model = self.load(request, device_map=offload)
+            model = self._load_whole(request, placement, device)
             if getattr(model, "hf_device_map", None) is None:
                 cast("nn.Module", model).to(device)
         return LocalSource(
             model, request, self.name, device, spread=spread, told=told, ahead=self.once_per_step
         )
+
+    def _load_whole(
+        self, request: Request, placement: Placement, device: torch.device
+    ) -> PreTrainedModel:
+        """The model on the device, or on it and wherever else there is room."""
+        if placement.kind != "offload":
+            return self.load(request)
+        return self.load(request, device_map="auto", max_memory=caps(device, placement.room))
 
     def _placed(self, request: Request, device: torch.device) -> tuple[Placement, Facts]:
         """Where the weights go, and what that depends on. A collective."""

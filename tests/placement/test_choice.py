@@ -36,6 +36,7 @@ def test_automatic(size: int, launch: Launch, kind: str, numbers: tuple[int, int
     placed = choose("auto", None, model(size), launch)
     assert placed.kind == kind
     assert (placed.fsdp, placed.replicas, placed.tp) == numbers
+    assert placed.room == (launch.free // 2 if kind == "offload" else 0)
     assert "free" in placed.reason
 
 

@@ -4,7 +4,7 @@ import psutil
 import pytest
 import torch
 
-from llm_distill.placement import Launch, launched
+from llm_distill.placement import Launch, caps, launched
 
 
 def test_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,3 +26,12 @@ def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch
 
 def test_machines() -> None:
     assert Launch(world=24, local=8).nodes == 3
+
+
+def test_what_a_model_may_take_of_each_place() -> None:
+    assert caps(torch.device("cpu"), 7) is None
+    found = caps(torch.device("cuda", 1), 7)
+    assert found is not None
+    assert list(found) == [1, "cpu"]
+    assert found[1] == 7
+    assert 0 < found["cpu"] <= psutil.virtual_memory().total

@@ -251,15 +251,21 @@ class TestDeviceMap:
         load = loading.load_model
 
         def watched(*given: Any, **options: Any) -> PreTrainedModel:
-            asked.append(options["device_map"])
+            asked.extend((options["device_map"], options["max_memory"]))
             return load(*given, **options)
 
         monkeypatch.setattr(local, "launched", lambda device: Launch(free=1_000_000))
+        monkeypatch.setattr(local, "caps", lambda device, room: {device.type: room})
         monkeypatch.setattr(loading, "load_model", watched)
         source = Local(str(tmp_path)).open(ALL, CPU)
-        assert asked == ["auto"]
+        assert asked == ["auto", {"cpu": 500_000}]  # the rest is the student's
         assert source.told[0].endswith("more than half of 1.0 MB free on cpu)")
         assert "offload" in source.told[0]
+        places: Any = getattr(source.model, "hf_device_map", {})
+        assert {"cpu", "disk"} == set(places.values())
+        found, expected = source(batch()), Local(teacher).open(ALL, CPU)(batch())
+        for layer in ALL.hidden:
+            assert torch.equal(found.states[layer], expected.states[layer])
 
 
 class TestOncePerStep:
