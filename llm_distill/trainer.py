@@ -14,7 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, TrainingArguments
 
 from llm_distill import binding, race, refreshing, schedules
-from llm_distill.arguments import check_engine
+from llm_distill.arguments import check_balance, check_engine
 from llm_distill.balance.base import settle
 from llm_distill.calibration import calibrate
 from llm_distill.distiller import Distiller
@@ -89,7 +89,7 @@ class DistillTrainer(StepTrainer):
         objectives = DEFAULT_OBJECTIVES if objectives is None else objectives
         chunk = binding.checked_rows(rows_per_chunk)
         run = prepare_run(model, teacher, objectives, args, trainer_kwargs, adapter=peft_config)
-        settle(balance, run.terms, run.student.depth)  # refused before weights load
+        check_balance(settle(balance, run.terms, run.student.depth))  # before weights load
         refreshing.check(run, args)
         race.check(run, args, balance)
         student: nn.Module = load_student(model, run.teacher)

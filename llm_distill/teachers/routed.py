@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from llm_distill.errors import InputError
 from llm_distill.losses.blending import Switch
 from llm_distill.losses.sparse import TopK
+from llm_distill.pieces import in_pieces
 from llm_distill.signals import Request, Signals
 from llm_distill.teachers.base import Source, Teacher
 from llm_distill.teachers.ensemble import EnsembleSource
@@ -229,7 +229,7 @@ def collective(source: Source) -> bool:
 
 def sharded(model: nn.Module | None) -> bool:
     """Whether the forward of a model is a collective call."""
-    return model is not None and any(isinstance(p, DTensor) for p in model.parameters())
+    return in_pieces(model)
 
 
 def _distribution(
