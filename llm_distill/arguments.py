@@ -9,14 +9,16 @@ from transformers.trainer_utils import HubStrategy
 
 from llm_distill import zero
 from llm_distill.errors import InputError
+from llm_distill.teachers import Ema
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from transformers import TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
     from llm_distill.balance import Balance
     from llm_distill.objectives import Term
+    from llm_distill.teachers import Teacher
 
 ZERO3 = 3
 """The stage of DeepSpeed's ZeRO that keeps the student in pieces."""
@@ -154,6 +156,19 @@ def check_engine(args: TrainingArguments, running: Mapping[str, bool]) -> None:
     )
 
 
+def check_untrained(trainer: Trainer) -> None:
+    """Refuse to train where DeepSpeed has made its engine, for an evaluation or a training.
+
+    Raises:
+        InputError: Saying when to evaluate.
+    """
+    if trainer.deepspeed is not None:
+        raise InputError(
+            "under DeepSpeed a trainer trains once, and before it evaluates; write eval_on_start: "
+            "true to evaluate first, and make another trainer to train again"
+        )
+
+
 def check_checkpointing(args: TrainingArguments) -> None:
     """Refuse reentrant checkpointing with attention maps before weights load."""
     for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
@@ -183,16 +198,26 @@ def idle_gates(terms: Mapping[str, Term], args: TrainingArguments) -> tuple[str,
     )
 
 
-def check_balance(balance: Balance) -> None:
-    """Refuse a balance that takes gradients at states of which DeepSpeed hands out copies.
+def check_under_deepspeed(args: TrainingArguments, teacher: Teacher, balance: Balance) -> None:
+    """Refuse what DeepSpeed's engine would quietly make useless.
+
+    Args:
+        args: Of the training.
+        teacher: May be the student itself.
+        balance: Between the terms.
 
     Raises:
-        InputError: Naming another one.
+        InputError: For a slow mean in halves, and for gradients at hidden states.
     """
-    if balance.layer is not None and zero.is_zero3():
+    if zero.is_running() and isinstance(teacher, Ema) and (args.bf16 or args.fp16):
         raise InputError(
-            "balance: gradient reads gradients at a hidden state of the student, which DeepSpeed "
-            "ZeRO-3 does not show; write balance: normalised or uncertainty"
+            "Ema: DeepSpeed keeps the mean in halves beside a student in halves, where it would "
+            "not move; write bf16: false, or train with FSDP2 (recipes/accelerate/fsdp2.yaml)"
+        )
+    if zero.is_zero3() and balance.layer is not None:
+        raise InputError(
+            "balance: gradient reads gradients at a hidden state of the student, of which "
+            "DeepSpeed ZeRO-3 hands out copies; write balance: normalised or uncertainty"
         )
 
 

@@ -64,14 +64,17 @@ def whole(weight: Tensor) -> Tensor:
     """
     if isinstance(weight, DTensor):
         return weight.full_tensor()
-    if not is_partitioned(weight) or _is_gathered(weight):
+    if not is_partitioned(weight):
         return weight
-    if weight.requires_grad and torch.is_grad_enabled():
+    gathered, trained = _is_gathered(weight), weight.requires_grad and torch.is_grad_enabled()
+    if trained and not gathered:
         raise RuntimeError(
             "a weight in ZeRO-3's care is read for a gradient outside of the module that it was "
             "lent to; please report it"
         )
-    return _gathered([weight])[0]
+    if trained:
+        return weight
+    return weight.data if gathered else _gathered([weight])[0]  # stays when it is emptied
 
 
 def lend(weights: Sequence[Tensor | None], module: nn.Module) -> None:

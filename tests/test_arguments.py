@@ -117,12 +117,6 @@ def test_what_keeps_a_student_in_pieces(
     assert sharded_by(args) == expected
 
 
-def test_a_head_in_pieces_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm_distill.arguments.is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(InputError, match=r"ZeRO-3 keeps the head's weight in pieces.*use FSDP2"):
-        check_arguments(tiny.arguments(tmp_path), {})
-
-
 def test_noise_on_embeddings_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="neftune_noise_alpha"):
         check_arguments(tiny.arguments(tmp_path, neftune_noise_alpha=5.0), {})

@@ -93,7 +93,7 @@ def tiny_teacher(given: Any, models: Path, out: Path, url: str) -> Any:
 def test_the_promised_recipes_are_there() -> None:
     kinds = {"cached.yaml", "ensemble.yaml", "itself.yaml", "remote.yaml", "sharded_teacher.yaml"}
     assert {"logits.yaml", "features.yaml", *kinds} <= {path.name for path in RECIPES}
-    launchers = ["ddp.yaml", "fsdp2.yaml", "single.yaml", "two_machines.yaml"]
+    launchers = ["ddp.yaml", "fsdp2.yaml", "single.yaml", "two_machines.yaml", "zero3.yaml"]
     assert [path.name for path in LAUNCHERS] == launchers
 
 
@@ -177,6 +177,7 @@ class TestLaunchers:
             ("ddp", "MULTI_GPU", 2),
             ("fsdp2", "FSDP", 2),
             ("two_machines", "MULTI_GPU", 16),
+            ("zero3", "DEEPSPEED", 2),
         ],
     )
     def test_what_it_launches(self, name: str, kind: str, processes: int) -> None:

@@ -4,10 +4,12 @@ Usage: python -m tests.zero3_worker ENGINE FOLDER CELL...   (ENGINE: one, zero1,
 
 A cell is MODEL:SHARD[:WORD...] as in `placement_worker`, its student a smaller model of the same
 kind; `lora` is a Llama with adapters. Words: `step`, micro-batches of one sequence; `data`, a map
-from data, fitted projectors and an evaluation of 9 rows before and after; `hidden`, lower layers
-alone; `clip`, gradients are cut; `after`, both models are loaded by the user, after the arguments;
-`bare`, a configuration with nothing but a stage; `ema`, `born`, `off`, `deep`, the student is its
-own teacher; `uncertainty`, weights that are trained.
+from data, fitted projectors and evaluations of 9 rows, before the first step too; `hidden`, lower
+layers alone; `apart`, sequences against those of all ranks; `alone`, blocks learn alone at first,
+from states that are given; `recomputed`, activations are; `bf16`;
+`clip`, gradients are cut; `after`, both models are loaded by the user, after the arguments; `bare`,
+a configuration with nothing but a stage; `ema`, `born`, `off`, `deep`, the student is its own
+teacher; `uncertainty`, weights that are trained.
 """
 
 import os
@@ -29,6 +31,14 @@ SETTINGS: dict[str, Any] = {
     "zero_force_ds_cpu_optimizer": False,
 }
 """Of an engine, as users write them; what saving needs is left out."""
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "clip": {"max_grad_norm": 0.05},
+    "data": {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 3},
+    "recomputed": {"gradient_checkpointing": True},
+    "bf16": {"bf16": True},
+}
+"""Of the training arguments, by words of a cell."""
 
 ITSELF = ("ema", "born", "off", "deep")
 
@@ -76,6 +86,23 @@ def itself(words: list[str]) -> tuple[Any, list[Any]]:
     return teacher, [CrossEntropy(), Logits(), HiddenStates(layers=uniform, gate=False)]
 
 
+def contrasted() -> list[Any]:
+    """Logits, and sequences that are told from those of other ranks."""
+    from llm_distill import Contrastive, Logits
+    from llm_distill.layers import uniform
+
+    return [Logits(), Contrastive(embedding=16, layers=uniform)]
+
+
+def blocks() -> list[Any]:
+    """Blocks that start from states of the teacher for two of three steps."""
+    from llm_distill import CrossEntropy, HiddenStates, Logits
+    from llm_distill.layers import uniform
+
+    hint = HiddenStates(blockwise=0.5, layers=uniform, init="random", gate=False)
+    return [CrossEntropy(weight=0.5), Logits(), hint]
+
+
 def models(folder: Path, kind: str, shard: str, words: list[str]) -> tuple[Any, Any, list[Any]]:
     """Student, teacher and objectives of a cell."""
     from peft import LoraConfig, get_peft_model
@@ -86,6 +113,7 @@ def models(folder: Path, kind: str, shard: str, words: list[str]) -> tuple[Any, 
     if kind == "tied":
         student = tiny.llama("student", tied=True)
     sets = {"data": placement_worker.decided, "hidden": placement_worker.lower}
+    sets |= {"apart": contrasted, "alone": blocks}
     sets |= {"pair": placement_worker.together, "routed": placement_worker.apart}
     chosen = (made for word, made in sets.items() if word in (kind, *words))
     objectives = next(chosen, placement_worker.objectives)()
@@ -113,7 +141,12 @@ def train(engine: str, folder: Path, cell: str) -> dict[str, Any]:
     kind, shard, *words = cell.split(":")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     batch = 1 if "step" in words else 8 // ranks
-    changes: dict[str, Any] = {"max_grad_norm": 0.05} if "clip" in words else {}
+    changes = {
+        name: value
+        for word, given in CHANGES.items()
+        if word in words
+        for name, value in given.items()
+    }
     if engine != "one":
         changes["deepspeed"] = configuration(engine, bare="bare" in words)
     args = tiny.arguments(
@@ -129,24 +162,14 @@ def train(engine: str, folder: Path, cell: str) -> dict[str, Any]:
         objectives,
         args,
         train_dataset=placement_worker.examples(kind),
+        eval_dataset=tiny.rows(9) if "data" in words else None,  # no number of ranks divides it
         balance=uncertainty if "uncertainty" in words else None,
     )
-    facts: dict[str, Any] = {"told": list(trainer.run.told)}
-    if "data" in words:
-        facts["before"] = _numbers(trainer)
     trainer.train()
-    facts |= {"weights": gathered(trainer), **_lies(trainer)}
-    losses = [log for log in trainer.state.log_history if "loss" in log]
-    facts["logs"] = [{k: log[k] for k in log if k.startswith(("loss", "kl"))} for log in losses]
-    if "data" in words:
-        facts["eval"] = _numbers(trainer)
-    return facts
-
-
-def _numbers(trainer: Any) -> dict[str, float]:
-    """An evaluation of 9 rows, which no number of ranks divides."""
-    metrics = trainer.evaluate(eval_dataset=tiny.rows(9))
-    return {k: metrics[k] for k in ("eval_kl", "eval_agreement", "eval_loss")}
+    facts = {"told": list(trainer.run.told), "weights": gathered(trainer), **_lies(trainer)}
+    told = ("loss", "kl", "eval_kl", "eval_agreement", "eval_loss")
+    logs = [{k: log[k] for k in log if k.startswith(told)} for log in trainer.state.log_history]
+    return facts | {"logs": [log for log in logs if log]}
 
 
 def _lies(trainer: Any) -> dict[str, Any]:
