@@ -19,7 +19,7 @@ def main(folder: Path) -> None:
     """All kinds of students."""
     torch.set_num_threads(1)
     ranks = dist.get_world_size() if dist.is_initialized() else 2
-    engine = {"deepspeed": configuration("zero3", bare=False)}
+    engine: dict[str, Any] = {"deepspeed": configuration("zero3", bare=False)}
     facts: dict[str, Any] = {}
     for kind in resume_worker.STUDENTS:
         out = folder / kind
@@ -42,6 +42,11 @@ def main(folder: Path) -> None:
         seen.train()
     except ValueError as error:
         facts["evaluated"] = str(error)
+    other = {**engine["deepspeed"], "gradient_clipping": 1.0}
+    try:
+        resume_worker.build("plain", folder / "seen", ranks, deepspeed=other)
+    except ValueError as error:
+        facts["differs"] = str(error)
     if dist.get_rank() == 0:
         torch.save(facts, folder / "resume.pt")
     finish()

@@ -2,14 +2,14 @@
 
 Usage: python -m tests.zero3_worker ENGINE FOLDER CELL...   (ENGINE: one, zero1, zero2, zero3)
 
-A cell is MODEL:SHARD[:WORD...] as in `placement_worker`, its student a smaller model of the same
-kind; `lora` is a Llama with adapters. Words: `step`, micro-batches of one sequence; `data`, a map
-from data, fitted projectors and evaluations of 9 rows, before the first step too; `hidden`, lower
-layers alone; `apart`, sequences against those of all ranks; `alone`, blocks learn alone at first,
-from states that are given; `recomputed`, activations are; `bf16`;
-`clip`, gradients are cut; `after`, both models are loaded by the user, after the arguments; `bare`,
-a configuration with nothing but a stage; `ema`, `born`, `off`, `deep`, the student is its own
-teacher; `uncertainty`, weights that are trained.
+A cell is MODEL:SHARD[:SIZE][:WORD...] as in `placement_worker`, its student a smaller model of the
+same kind; `lora` is a Llama with adapters. Words: `step`, micro-batches of one sequence; `data`, a
+map from data, fitted projectors and evaluations of 9 rows, before the first step too; `hidden`,
+lower layers alone; `apart`, sequences against those of all ranks; `alone`, blocks learn alone at
+first, from states that are given; `recomputed`, activations are; `bf16`; `clip`, gradients are cut;
+`after`, both models are loaded by the user, after the arguments; `bare`, a configuration with
+nothing but a stage; `ema`, `born`, `off`, `deep`, the student is its own teacher; `uncertainty`,
+weights that are trained.
 """
 
 import os
@@ -121,7 +121,8 @@ def models(folder: Path, kind: str, shard: str, words: list[str]) -> tuple[Any, 
     if any(word in words for word in ITSELF):
         teacher, objectives = itself(words)
     elif "after" not in words:
-        settings = {"shard": shard, "once_per_step": "step" in words}
+        size = next((int(word) for word in words if word.isdigit()), None)
+        settings = {"shard": shard, "shard_size": size, "once_per_step": "step" in words}
         teacher = placement_worker.teacher_of(folder, name, settings)
     else:
         student = AutoModelForCausalLM.from_pretrained(folder / "student")
@@ -195,7 +196,8 @@ def main(engine: str, folder: Path, cells: list[str]) -> None:
     torch.set_num_threads(1)
     facts = {cell: train(engine, folder, cell) for cell in cells}
     if not dist.is_initialized() or dist.get_rank() == 0:
-        torch.save(facts, folder / f"{engine}.pt")
+        ranks = os.environ.get("WORLD_SIZE", "1")
+        torch.save(facts, folder / f"{engine}-{ranks}.pt")
     finish()
 
 

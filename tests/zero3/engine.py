@@ -17,12 +17,13 @@ needs_deepspeed = pytest.mark.skipif(
 )
 
 
-def launch(*command: str, timeout: int = 400) -> str:
-    """Run a module on two gloo processes, by torchrun or by Accelerate; what was printed.
+def launch(*command: str, ranks: int = 2, timeout: int = 400) -> str:
+    """Run a module on gloo processes, by torchrun or by Accelerate; what was printed.
 
     Args:
         command: `-m` and a module with its arguments, for torchrun; or a module that launches, with
             its arguments.
+        ranks: Processes, where torchrun starts them.
         timeout: Seconds after which the launch and all its processes are killed.
 
     Raises:
@@ -31,7 +32,7 @@ def launch(*command: str, timeout: int = 400) -> str:
     for lock in FOLDER.glob("extensions/*/lock"):
         lock.unlink()  # of a launch that was killed: every later one would wait for it
     if command[0] == "-m":
-        run = ("torch.distributed.run", "--nproc_per_node", "2", "--standalone")
+        run = ("torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone")
         command = (*run, *command)
     environment = os.environ | {
         "PATH": f"{FOLDER / 'site' / 'bin'}{os.pathsep}{os.environ['PATH']}",

@@ -68,5 +68,10 @@ def test_the_best_model_is_loaded(results: Any) -> None:
     assert best["loaded"] < best["scores"][-1]
 
 
+def test_a_configuration_that_differs_from_the_arguments_is_refused(results: Any) -> None:
+    told = results[1]["differs"]
+    assert "ds gradient_clipping=1.0 vs hf max_grad_norm=0.0; write auto for each" in told
+
+
 def test_an_engine_that_evaluated_does_not_train(results: Any) -> None:
     assert "trains once, and before it evaluates; write eval_on_start" in results[1]["evaluated"]
