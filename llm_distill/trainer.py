@@ -89,10 +89,9 @@ class DistillTrainer(StepTrainer):
         objectives = DEFAULT_OBJECTIVES if objectives is None else objectives
         chunk = binding.checked_rows(rows_per_chunk)
         run = prepare_run(model, teacher, objectives, args, trainer_kwargs, adapter=peft_config)
-        # Refused before weights load.
         check_under_deepspeed(args, run.teacher, settle(balance, run.terms, run.student.depth))
         refreshing.check(run, args)
-        race.check(run, args, balance)
+        race.check(run, args, balance)  # all this before weights load
         student: nn.Module = load_student(model, run.teacher)
         if peft_config is not None:
             student = cast(
