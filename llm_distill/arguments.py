@@ -111,7 +111,7 @@ def _settle_deepspeed(args: TrainingArguments) -> None:
     if plugin is None:
         return
     config: dict[str, Any] = plugin.hf_ds_config.config
-    # Absent, it is taken for 0 or for 1, whatever was asked for.
+    # Left out, it is a default of DeepSpeed's or Accelerate's, whatever was asked for.
     config.setdefault("gradient_clipping", args.max_grad_norm)
     stages = config.setdefault("zero_optimization", {})
     if stages.get("stage") == ZERO3:
@@ -165,7 +165,8 @@ def check_untrained(trainer: Trainer) -> None:
     if trainer.deepspeed is not None:
         raise InputError(
             "under DeepSpeed a trainer trains once, and before it evaluates; write eval_on_start: "
-            "true to evaluate first, and make another trainer to train again"
+            "true to evaluate first, and make another trainer, of a model that is loaded anew, to "
+            "train again"
         )
 
 

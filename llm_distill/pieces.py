@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from llm_distill.errors import InputError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -104,8 +106,16 @@ def make_whole(model: nn.Module) -> None:
     """Give back to a model what ZeRO-3 emptied while it was loaded, the parameters themselves kept.
 
     A collective. A model that no engine runs yet cannot be read in pieces.
+
+    Raises:
+        InputError: For a model that an engine has run: its hooks would stay.
     """
     parts = [weight for weight in model.parameters() if is_partitioned(weight)]
+    if parts and any("ds_id" in vars(module) for module in model.modules()):
+        raise InputError(
+            f"this {type(model).__name__} is in the hands of a DeepSpeed engine of before; save it "
+            "(trainer.save_model()), and give the folder"
+        )
     for weight, data in zip(parts, _gathered(parts), strict=True):
         for name in [name for name in vars(weight) if name.startswith("ds_")]:
             delattr(weight, name)

@@ -71,6 +71,5 @@ def instead(config: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _alive() -> Any:  # noqa: ANN401  transformers has no type for it
-    """The configuration that transformers looks at."""
-    found = vars(hf_deepspeed)["_hf_deepspeed_config_weak_ref"]
-    return None if found is None else found()
+    """The configuration that transformers looks at; None without DeepSpeed."""
+    return vars(hf_deepspeed)["_hf_deepspeed_config_weak_ref"]() if is_running() else None

@@ -21,12 +21,14 @@ from tests.launch import finish
 STUDENTS = ("plain", "tied", "lora")
 
 
-def build(kind: str, folder: Path, ranks: int, *, taught: int = -1, **changes: Any) -> Any:
+def build(
+    kind: str, folder: Path, ranks: int, *, taught: int = -1, student: Any = None, **changes: Any
+) -> Any:
     """A trainer with AdamW, dropout and a projector to one layer, saving at step two."""
     from llm_distill import DistillTrainer
     from llm_distill.layers import explicit
 
-    student = tiny.llama("student", tied=kind == "tied")
+    student = student or tiny.llama("student", tied=kind == "tied")
     for layer in student.model.layers:
         layer.self_attn.attention_dropout = 0.1
     args = tiny.arguments(

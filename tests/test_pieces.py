@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from llm_distill import pieces
+from llm_distill.errors import InputError
 
 REGISTERED: list[tuple[Any, Any]] = []
 
@@ -122,6 +123,14 @@ class TestLending:
     def test_plain_weights_need_nobody(self) -> None:
         pieces.lend((nn.Parameter(WHOLE), None), nn.Module())
         assert not REGISTERED
+
+
+def test_a_model_that_an_engine_runs_is_not_taken_from_it() -> None:
+    model: Any = nn.Module()
+    model.register_parameter("weight", partitioned(WHOLE))
+    vars(model)["ds_id"] = 3
+    with pytest.raises(InputError, match=r"of a DeepSpeed engine of before; save it .* and give"):
+        pieces.make_whole(model)
 
 
 def test_a_model_that_was_emptied_is_whole_again() -> None:

@@ -42,6 +42,10 @@ def main(folder: Path) -> None:
         seen.train()
     except ValueError as error:
         facts["evaluated"] = str(error)
+    try:
+        resume_worker.build("plain", folder / "seen", ranks, student=seen.student, **engine)
+    except ValueError as error:
+        facts["again"] = str(error)
     other = {**engine["deepspeed"], "gradient_clipping": 1.0}
     try:
         resume_worker.build("plain", folder / "seen", ranks, deepspeed=other)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from llm_distill import loading, zero
+from llm_distill.errors import InputError
 from llm_distill.placement.sharding import BACKBONE
 
 if TYPE_CHECKING:
@@ -60,10 +61,18 @@ def load_partitioned(
         dtype: A torch dtype, its name, or `auto`: as the config says, else fp32.
         backbone: Leave the language-model head out.
         options: For `from_pretrained`.
+
+    Raises:
+        InputError: For a dtype that DeepSpeed has no engine for.
     """
-    del placement, facts
+    del placement
     kind = config.dtype if dtype == "auto" else dtype
     kind = getattr(torch, kind) if isinstance(kind, str) else kind or torch.float32
+    if kind not in (torch.float32, *HALVES.values()):
+        raise InputError(
+            f"teacher {facts.name}: DeepSpeed keeps float32, bfloat16 and float16 in pieces, not "
+            f"{loading.dtype_name(kind, facts.name)}; write dtype: float32, or shard: fsdp2"
+        )
     engine = engine_config(config, kind)
     model = loading.load_model(
         name, config, dtype=kind, backbone=backbone, engine=engine, **options

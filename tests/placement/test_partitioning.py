@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from llm_distill import loading
+from llm_distill.errors import InputError
 from llm_distill.placement import Facts, Placement, load_partitioned
 from llm_distill.placement.partitioning import Backbone, engine_config
 from llm_distill.placement.sharding import run_backbone
@@ -42,6 +43,13 @@ def test_the_root_of_the_engine_runs_the_backbone() -> None:
     with torch.no_grad():
         found = Backbone(model)(**ids).last_hidden_state
         assert torch.equal(found, model.base_model(**ids).last_hidden_state)
+
+
+def test_a_dtype_without_an_engine_is_refused() -> None:
+    config, facts = tiny.llama("teacher").config, Facts("there", 0)
+    placed = Placement("zero3", fsdp=2)
+    with pytest.raises(InputError, match=r"teacher there: .*, not float64; write dtype: float32"):
+        load_partitioned("there", config, placed, facts, dtype="float64")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ needs_deepspeed = pytest.mark.skipif(
 )
 
 
-def launch(*command: str, ranks: int = 2, timeout: int = 400) -> str:
+def launch(*command: str, ranks: int = 2, timeout: int = 600) -> str:
     """Run a module on gloo processes, by torchrun or by Accelerate; what was printed.
 
     Args:

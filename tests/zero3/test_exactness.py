@@ -17,7 +17,7 @@ pytestmark = [
     needs_deepspeed,
     pytest.mark.distributed,
     pytest.mark.slow,
-    pytest.mark.timeout(1200),
+    pytest.mark.timeout(1800),
 ]
 
 BOUND = 6e-7
@@ -67,7 +67,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], A
     for name, make in MODELS.items():
         make().save_pretrained(folder / name, max_shard_size="60KB")
     cells = dict.fromkeys(whole(cell) for some in CELLS.values() for cell in some)
-    alone("tests.zero3_worker", "one", str(folder), *cells, timeout=400)
+    alone("tests.zero3_worker", "one", str(folder), *cells, timeout=600)
     for (engine, ranks), some in CELLS.items():
         launch("-m", "tests.zero3_worker", engine, str(folder), *some, ranks=ranks)
     return {

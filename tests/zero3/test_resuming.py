@@ -16,7 +16,7 @@ pytestmark = [
     needs_deepspeed,
     pytest.mark.distributed,
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
 ]
 
 
@@ -71,6 +71,10 @@ def test_the_best_model_is_loaded(results: Any) -> None:
 def test_a_configuration_that_differs_from_the_arguments_is_refused(results: Any) -> None:
     told = results[1]["differs"]
     assert "ds gradient_clipping=1.0 vs hf max_grad_norm=0.0; write auto for each" in told
+
+
+def test_a_student_of_an_engine_is_not_taken_from_it(results: Any) -> None:
+    assert "in the hands of a DeepSpeed engine of before; save it" in results[1]["again"]
 
 
 def test_an_engine_that_evaluated_does_not_train(results: Any) -> None:
