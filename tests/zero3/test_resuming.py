@@ -44,7 +44,8 @@ class TestStudents:
             own = {n: p for n, p in model.named_parameters() if "lora_" in n}
             assert own
         else:
-            model, told = AutoModelForCausalLM.from_pretrained(final, output_loading_info=True)
+            load: Any = AutoModelForCausalLM.from_pretrained
+            model, told = load(final, output_loading_info=True)
             assert not any(told.values())
             own = dict(model.named_parameters())
         for name, weight in own.items():
