@@ -5,17 +5,23 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import HubStrategy
 
+from llm_distill import zero
 from llm_distill.errors import InputError
+from llm_distill.teachers import Ema
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from transformers import TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
+    from llm_distill.balance import Balance
     from llm_distill.objectives import Term
+    from llm_distill.teachers import Teacher
+
+ZERO3 = 3
+"""The stage of DeepSpeed's ZeRO that keeps the student in pieces."""
 
 
 def check_arguments(
@@ -41,6 +47,7 @@ def check_arguments(
                 "`model`"
             )
     _check_sharding()
+    _settle_deepspeed(args)
     if args.neftune_noise_alpha is not None:
         raise InputError("neftune_noise_alpha: the student's embeddings are read as they are")
     if args.label_smoothing_factor:
@@ -79,13 +86,8 @@ def _check_sharding() -> None:
     """Refuse what Accelerate's launcher asks for and this trainer cannot give.
 
     Raises:
-        InputError: For ZeRO-3, for FSDP version 1, and for weights that only rank 0 loads.
+        InputError: For FSDP version 1, and for weights that only rank 0 loads.
     """
-    if is_deepspeed_zero3_enabled():
-        raise InputError(
-            "DeepSpeed ZeRO-3 keeps the head's weight in pieces, which the loss reads whole; use "
-            "FSDP2 (recipes/accelerate/fsdp2.yaml), or ZeRO-1 or 2"
-        )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return
     if os.environ.get("FSDP_VERSION", "1") != "2":
@@ -96,6 +98,30 @@ def _check_sharding() -> None:
         raise InputError(
             "fsdp_cpu_ram_efficient_loading leaves the teacher without weights on all ranks but "
             "the first; write fsdp_cpu_ram_efficient_loading: false"
+        )
+
+
+def _settle_deepspeed(args: TrainingArguments) -> None:
+    """Make DeepSpeed's configuration say what these arguments say, where it says nothing.
+
+    Raises:
+        InputError: Where it says something else.
+    """
+    plugin: Any = args.deepspeed_plugin
+    if plugin is None:
+        return
+    config: dict[str, Any] = plugin.hf_ds_config.config
+    # Left out, it is a default of DeepSpeed's or Accelerate's, whatever was asked for.
+    config.setdefault("gradient_clipping", args.max_grad_norm)
+    stages = config.setdefault("zero_optimization", {})
+    if stages.get("stage") == ZERO3:
+        # Otherwise what is saved in the end is no model, and a warning is all there is to it.
+        stages["stage3_gather_16bit_weights_on_model_save"] = True
+    differing = zero.mismatches(config, args)
+    if differing:
+        raise InputError(
+            f"DeepSpeed's configuration (ds) and the training arguments (hf) differ: "
+            f"{'; '.join(differing)}; write auto for each in the configuration, or leave it out"
         )
 
 
@@ -124,10 +150,24 @@ def check_engine(args: TrainingArguments, running: Mapping[str, bool]) -> None:
     if asked is None or running[asked]:
         return
     raise InputError(
-        f"{asked} was asked for and Accelerate does not run it, as always on a CPU: each process "
-        "would have held the whole student; start it on GPUs, or with "
+        f"{asked} was asked for and Accelerate does not run it, as always on a CPU with FSDP: each "
+        "process would have held the whole student; start it on GPUs, or with "
         "recipes/accelerate/ddp.yaml"
     )
+
+
+def check_untrained(trainer: Trainer) -> None:
+    """Refuse to train where DeepSpeed has made its engine, for an evaluation or a training.
+
+    Raises:
+        InputError: Saying when to evaluate.
+    """
+    if trainer.deepspeed is not None:
+        raise InputError(
+            "under DeepSpeed a trainer trains once, and before it evaluates; write eval_on_start: "
+            "true to evaluate first, and make another trainer, of a model that is loaded anew, to "
+            "train again"
+        )
 
 
 def check_checkpointing(args: TrainingArguments) -> None:
@@ -141,19 +181,45 @@ def check_checkpointing(args: TrainingArguments) -> None:
 
 
 def idle_gates(terms: Mapping[str, Term], args: TrainingArguments) -> tuple[str, ...]:
-    """What to tell of gates that see nothing: a compiled student has no hooks on its states.
+    """What to tell of gates that see nothing.
+
+    A compiled student has no hooks on its states, and DeepSpeed hands out copies of them.
 
     Args:
         terms: Under their names in the log.
         args: Whether the student is compiled.
     """
     gated = [name for name, term in terms.items() if term.factor() is not None]
-    if not (gated and args.torch_compile):
+    if not (gated and (args.torch_compile or zero.is_zero3())):
         return ()
+    under = "torch_compile" if args.torch_compile else "DeepSpeed ZeRO-3"
     return (
-        f"{', '.join(gated)}: under torch_compile the gate sees no gradients and stays open; let a "
+        f"{', '.join(gated)}: under {under} the gate sees no gradients and stays open; let a "
         "hint end by its weight, such as {linear: {start: 1.0, end: 0.0, until: 0.6}}",
     )
+
+
+def check_under_deepspeed(args: TrainingArguments, teacher: Teacher, balance: Balance) -> None:
+    """Refuse what DeepSpeed's engine would quietly make useless.
+
+    Args:
+        args: Of the training.
+        teacher: May be the student itself.
+        balance: Between the terms.
+
+    Raises:
+        InputError: For a slow mean in halves, and for gradients at hidden states.
+    """
+    if zero.is_running() and isinstance(teacher, Ema) and (args.bf16 or args.fp16):
+        raise InputError(
+            "Ema: DeepSpeed keeps the mean in halves beside a student in halves, where it would "
+            "not move; write bf16: false, or train with FSDP2 (recipes/accelerate/fsdp2.yaml)"
+        )
+    if zero.is_zero3() and balance.layer is not None:
+        raise InputError(
+            "balance: gradient reads gradients at a hidden state of the student, of which "
+            "DeepSpeed ZeRO-3 hands out copies; write balance: normalised or uncertainty"
+        )
 
 
 def check_batches(terms: Mapping[str, Term], args: TrainingArguments) -> None:

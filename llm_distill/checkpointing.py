@@ -123,6 +123,12 @@ class StudentTrainer(Trainer):
         saving.load_terms(self.distiller, folder)
         saving.load_teacher(self.distiller, folder)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in Trainer; DeepSpeed has loaded the wrapper without asking for its maps."""
+        if self.is_deepspeed_enabled and checkpoint is not None:
+            saving.load_maps(self.distiller, Path(checkpoint))
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_best_model(self) -> None:
         """As in Trainer, strictly."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

@@ -24,6 +24,7 @@ from llm_distill.losses.scoring import INFINITE
 from llm_distill.measures import measures
 from llm_distill.objectives import HeadTerm, Term
 from llm_distill.outcomes import Outcome, Slopes
+from llm_distill.pieces import lend
 from llm_distill.signals import Dense, Distribution, Factored, Request, Signals
 
 if TYPE_CHECKING:
@@ -143,6 +144,9 @@ class Distiller(nn.Module):
 
     def forward(self, batch: Batch, teacher: Signals | None, step: Step) -> Outcome | Slopes:
         """One micro-batch; a teacher that is None is the one within."""
+        if self.request.logits or self.request.exits or step.measure:
+            head = cast("nn.Module", plain(self.student).get_output_embeddings())
+            lend(tuple(head.parameters()), self)
         if step.layer is not None:
             return self._slopes(step.layer, teacher, batch, step)
         if step.alone:

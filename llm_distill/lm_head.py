@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
+from llm_distill.pieces import whole
 from llm_distill.signals import Head
 
 if TYPE_CHECKING:
@@ -42,17 +43,12 @@ def head_of(model: PreTrainedModel) -> Head:
     division = getattr(config, "logits_scaling", None)
     scale = getattr(config, "logit_scale", None)
     return Head(
-        weight=_gathered(output.weight),
-        bias=None if output.bias is None else _gathered(output.bias),
+        weight=whole(output.weight),
+        bias=None if output.bias is None else whole(output.bias),
         scale=1.0 / float(division) if division else float(scale) if scale else 1.0,
         softcap=getattr(config, "final_logit_softcapping", None),
         transform=_transform_of(model),
     )
-
-
-def _gathered(parameter: Tensor) -> Tensor:
-    """A parameter whole, differentiably, where its shards lie on several ranks."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 @contextmanager
@@ -90,8 +86,8 @@ def _transform_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor] | None:
     transform = cast("nn.Module | None", getattr(predictions, "transform", None))
     if transform is None or not any(isinstance(p, DTensor) for p in transform.parameters()):
         return transform
-    whole = {name: _gathered(p) for name, p in transform.named_parameters()}
-    return partial(_called_with, transform, whole)
+    weights = {name: whole(p) for name, p in transform.named_parameters()}
+    return partial(_called_with, transform, weights)
 
 
 def _called_with(module: nn.Module, weights: dict[str, Tensor], hidden: Tensor) -> Tensor:

@@ -24,11 +24,12 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as hf_logging
 
+from llm_distill import zero
 from llm_distill.errors import InputError
 from llm_distill.kinds import has_masked, is_masked, sees_only_the_past
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     import torch
 
@@ -80,6 +81,7 @@ def load_model(
     *,
     dtype: torch.dtype | str,
     backbone: bool = False,
+    engine: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """Weights of a causal or masked language model, or of its backbone alone.
@@ -89,6 +91,7 @@ def load_model(
         config: From `load_config`, perhaps cut by `cut_above`.
         dtype: A torch dtype, its name, or `auto` for the checkpoint's.
         backbone: Leave the language-model head out.
+        engine: DeepSpeed's configuration, of an engine that keeps the model in pieces.
         options: For `from_pretrained`; those that are None are left out.
 
     Raises:
@@ -102,7 +105,8 @@ def load_model(
         else AutoModelForCausalLM
     )
     given = {key: value for key, value in options.items() if value is not None}
-    with quiet() if backbone else contextlib.nullcontext():
+    lies = zero.aside() if engine is None else zero.instead(engine)
+    with lies, quiet() if backbone else contextlib.nullcontext():
         try:
             model = auto.from_pretrained(name, config=config, dtype=dtype, **given)
         except OSError as error:

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, TrainingArguments
 
 from llm_distill import binding, race, refreshing, schedules
-from llm_distill.arguments import check_engine
+from llm_distill.arguments import check_engine, check_under_deepspeed, check_untrained
 from llm_distill.balance.base import settle
 from llm_distill.calibration import calibrate
 from llm_distill.distiller import Distiller
@@ -89,9 +89,9 @@ class DistillTrainer(StepTrainer):
         objectives = DEFAULT_OBJECTIVES if objectives is None else objectives
         chunk = binding.checked_rows(rows_per_chunk)
         run = prepare_run(model, teacher, objectives, args, trainer_kwargs, adapter=peft_config)
-        settle(balance, run.terms, run.student.depth)  # refused before weights load
+        check_under_deepspeed(args, run.teacher, settle(balance, run.terms, run.student.depth))
         refreshing.check(run, args)
-        race.check(run, args, balance)
+        race.check(run, args, balance)  # all this before weights load
         student: nn.Module = load_student(model, run.teacher)
         if peft_config is not None:
             student = cast(
@@ -154,7 +154,9 @@ class DistillTrainer(StepTrainer):
         Raises:
             FloatingPointError: At the first log, or at the end, after a row whose loss is no
                 number or infinite.
+            InputError: Under DeepSpeed, after an evaluation or another training.
         """
+        check_untrained(self)
         prepared = self.run.prepared.items()
         table = binding.describe(self.run.objectives, self.run.terms)
         reports = (f"{name}: {found.report}" for name, found in prepared)

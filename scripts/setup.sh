@@ -3,6 +3,7 @@
 #
 #   bash scripts/setup.sh                      with the developer tools (same as `dev`)
 #   bash scripts/setup.sh run                  without them
+#   bash scripts/setup.sh zero3                .zero3 besides, with DeepSpeed, for tests/zero3
 #   PYTHON=/path/to/python3.12 bash scripts/setup.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,6 +11,8 @@ cd "$(dirname "$0")/.."
 readonly venv=.venv
 readonly python="$venv/bin/python"
 readonly constraints=scripts/constraints.txt
+readonly zero3=.zero3
+readonly pins=scripts/zero3.txt
 # Stands while an install runs. If it is still there at the next call, that install was killed and
 # may have left half a package, which pip would take for a whole one.
 readonly unfinished="$venv/.llm-distill-unfinished"
@@ -77,12 +80,43 @@ install() {
   fi
 }
 
+# DeepSpeed in a folder of its own, with the one extension that gloo needs, compiled. A compilation
+# that was killed leaves a lock behind which all later ones wait for: then it starts from nothing.
+install_zero3() {
+  local stamp="$zero3/.complete" print
+  print=$({ pwd && cat "$pins"; } | cksum)
+  if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$print" ]; then
+    return
+  fi
+  rm -rf "$zero3"
+  mkdir "$zero3"
+  say "Installing DeepSpeed into $zero3"
+  pip_install setuptools
+  pip_install --no-deps --no-build-isolation --target "$zero3/site" -r "$pins" ||
+    die "the installation failed; pip's message is above"
+  say "Compiling its extension; this takes a minute"
+  PATH="$PWD/$venv/bin:$PWD/$zero3/site/bin:$PATH" PYTHONPATH="$PWD/$zero3/site" \
+    DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR="$PWD/$zero3/extensions" "$python" -c \
+    'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()' ||
+    die "DeepSpeed's extension does not compile; it needs a C++ compiler (on Debian: g++)"
+  printf '%s' "$print" >"$stamp"
+  say "Installed into $zero3"
+}
+
 main() {
   local kind=${1:-dev} target
   case $kind in
     dev) target='.[dev]' ;;
     run) target='.' ;;
-    *) die "no kind of install '$kind'; there are 'dev' (with the developer tools) and 'run'" ;;
+    zero3)
+      main dev
+      install_zero3
+      return
+      ;;
+    *)
+      die "no kind of install '$kind'; there are 'dev' (with the developer tools), 'run', and" \
+        "'zero3' (DeepSpeed besides)"
+      ;;
   esac
   # A dev install serves `run` as well.
   if venv_works && { is_installed "$kind" || is_installed dev; }; then

@@ -21,12 +21,14 @@ from tests.launch import finish
 STUDENTS = ("plain", "tied", "lora")
 
 
-def build(kind: str, folder: Path, ranks: int, *, taught: int = -1) -> Any:
+def build(
+    kind: str, folder: Path, ranks: int, *, taught: int = -1, student: Any = None, **changes: Any
+) -> Any:
     """A trainer with AdamW, dropout and a projector to one layer, saving at step two."""
     from llm_distill import DistillTrainer
     from llm_distill.layers import explicit
 
-    student = tiny.llama("student", tied=kind == "tied")
+    student = student or tiny.llama("student", tied=kind == "tied")
     for layer in student.model.layers:
         layer.self_attn.attention_dropout = 0.1
     args = tiny.arguments(
@@ -42,6 +44,7 @@ def build(kind: str, folder: Path, ranks: int, *, taught: int = -1) -> Any:
         eval_strategy="steps",
         eval_steps=2,
         train_sampling_strategy="random",
+        **changes,
     )
     wanted = calibrated_objectives()
     if taught != -1:
@@ -58,7 +61,7 @@ def build(kind: str, folder: Path, ranks: int, *, taught: int = -1) -> Any:
     )
 
 
-def best(folder: Path, ranks: int) -> dict[str, Any]:
+def best(folder: Path, ranks: int, **changes: Any) -> dict[str, Any]:
     """A run whose later steps are worse, and what was loaded in the end."""
     from llm_distill import DistillTrainer
 
@@ -72,6 +75,7 @@ def best(folder: Path, ranks: int) -> dict[str, Any]:
         save_strategy="steps",
         save_steps=1,
         load_best_model_at_end=True,
+        **changes,
     )
     models = tiny.llama("student"), tiny.llama("teacher")
     data = {"train_dataset": tiny.rows(), "eval_dataset": tiny.rows(5)}

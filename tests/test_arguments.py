@@ -2,20 +2,24 @@
 
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import TrainingArguments
 
-from llm_distill import Contrastive, DistillTrainer, HiddenStates, Logits, pkt
+from llm_distill import BornAgain, Contrastive, DistillTrainer, Ema, HiddenStates, Logits, pkt
 from llm_distill.arguments import (
     check_arguments,
     check_batches,
     check_checkpointing,
     check_engine,
+    check_under_deepspeed,
+    check_untrained,
     idle_gates,
     sharded_by,
 )
+from llm_distill.balance import Balance, gradient
 from llm_distill.binding import bind
 from llm_distill.errors import InputError
 from llm_distill.evaluation import settle_best_metric
@@ -25,6 +29,7 @@ from tests import tiny
 from tests.objectives.planted import STUDENT, TEACHER
 
 SPECS = STUDENT, TEACHER
+SAVED = "stage3_gather_16bit_weights_on_model_save"
 
 
 class TestDefaults:
@@ -117,12 +122,6 @@ def test_what_keeps_a_student_in_pieces(
     assert sharded_by(args) == expected
 
 
-def test_a_head_in_pieces_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm_distill.arguments.is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(InputError, match=r"ZeRO-3 keeps the head's weight in pieces.*use FSDP2"):
-        check_arguments(tiny.arguments(tmp_path), {})
-
-
 def test_noise_on_embeddings_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="neftune_noise_alpha"):
         check_arguments(tiny.arguments(tmp_path, neftune_noise_alpha=5.0), {})
@@ -142,7 +141,9 @@ def test_reentrant_checkpointing_has_no_maps(tmp_path: Path) -> None:
         check_checkpointing(args)
 
 
-def test_gates_of_compiled_students_are_told_to_be_idle(tmp_path: Path) -> None:
+def test_gates_of_compiled_students_are_told_to_be_idle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Dynamo takes the hidden states between two graphs: no hook sees the whole gradient there."""
     specs = [ModelSpec.of(tiny.llama(role).config, role) for role in ("student", "teacher")]
     objectives = [Logits(), HiddenStates(), HiddenStates(gate=False, name="open")]
@@ -151,8 +152,77 @@ def test_gates_of_compiled_students_are_told_to_be_idle(tmp_path: Path) -> None:
     compiled = tiny.arguments(tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
     (told,) = idle_gates(terms, compiled)
     assert told.startswith("HiddenStates: under torch_compile the gate sees no gradients")
+    with monkeypatch.context() as patch:
+        patch.setattr("llm_distill.zero.is_zero3", lambda: True)
+        (told,) = idle_gates(terms, tiny.arguments(tmp_path))
+    assert told.startswith("HiddenStates: under DeepSpeed ZeRO-3 the gate sees no gradients")
     del terms["HiddenStates"]
     assert idle_gates(terms, compiled) == ()
+
+
+class TestDeepSpeed:
+    def settled(
+        self, config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> dict[str, Any]:
+        """A configuration after the check of arguments that cut gradients at 0.5."""
+        args: Any = tiny.arguments(tmp_path, max_grad_norm=0.5)
+        args.deepspeed_plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config=config))
+        contradicts = config.get("gradient_clipping", "auto") not in ("auto", 0.5)
+        lines = ["ds gradient_clipping=1.0 vs hf max_grad_norm=0.5"] if contradicts else []
+        monkeypatch.setattr("llm_distill.zero.mismatches", lambda *_: lines)
+        check_arguments(args, {})
+        return config
+
+    def test_clipping_is_that_of_the_arguments(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Left out, it would be something else."""
+        assert self.settled({}, tmp_path, monkeypatch)["gradient_clipping"] == 0.5
+        kept = self.settled({"gradient_clipping": "auto"}, tmp_path, monkeypatch)
+        assert kept["gradient_clipping"] == "auto"
+
+    def test_contradictions_are_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        message = r"differ: ds gradient_clipping=1.0 vs hf max_grad_norm=0.5; write auto for each"
+        with pytest.raises(InputError, match=message):
+            self.settled({"gradient_clipping": 1.0}, tmp_path, monkeypatch)
+
+    @pytest.mark.parametrize("asked", [{}, {SAVED: False}, {SAVED: "auto"}])
+    def test_zero3_saves_a_model(
+        self, asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = {"zero_optimization": {"stage": 3, **asked}}
+        assert self.settled(config, tmp_path, monkeypatch)["zero_optimization"][SAVED] is True
+        others = self.settled({"zero_optimization": {"stage": 2}}, tmp_path, monkeypatch)
+        assert others["zero_optimization"] == {"stage": 2}
+
+    def test_a_slow_mean_in_halves_is_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        half = tiny.arguments(tmp_path, bf16=True)
+        check_under_deepspeed(half, Ema(), Balance())
+        monkeypatch.setattr("llm_distill.zero.is_running", lambda: True)
+        check_under_deepspeed(half, BornAgain(), Balance())
+        check_under_deepspeed(tiny.arguments(tmp_path), Ema(), Balance())
+        with pytest.raises(InputError, match=r"Ema: .* would not move; write bf16: false"):
+            check_under_deepspeed(half, Ema(), Balance())
+
+    def test_gradients_at_states_are_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        balance = gradient(bind([Logits()], *SPECS, seed=0), STUDENT.depth)
+        check_under_deepspeed(tiny.arguments(tmp_path), BornAgain(), balance)
+        monkeypatch.setattr("llm_distill.zero.is_zero3", lambda: True)
+        with pytest.raises(InputError, match="write balance: normalised or uncertainty"):
+            check_under_deepspeed(tiny.arguments(tmp_path), BornAgain(), balance)
+
+    def test_an_engine_that_is_there_does_not_train_again(self) -> None:
+        trainer: Any = SimpleNamespace(deepspeed=None)
+        check_untrained(trainer)
+        trainer.deepspeed = object()
+        with pytest.raises(InputError, match="trains once, and before it evaluates"):
+            check_untrained(trainer)
 
 
 class TestBatches:

@@ -94,7 +94,7 @@ def tiny_teacher(given: Any, models: Path, out: Path, url: str) -> Any:
 def test_the_promised_recipes_are_there() -> None:
     kinds = {"cached.yaml", "ensemble.yaml", "itself.yaml", "remote.yaml", "sharded_teacher.yaml"}
     assert {"logits.yaml", "features.yaml", *kinds} <= {path.name for path in RECIPES}
-    launchers = ["ddp", "device_map", "fsdp2", "hsdp", "single", "tp"]
+    launchers = ["ddp", "device_map", "fsdp2", "hsdp", "single", "tp", "zero3"]
     assert [path.stem for path in LAUNCHERS] == launchers
 
 
@@ -195,6 +195,7 @@ class TestLaunchers:
             ("hsdp", "MULTI_GPU", 16),
             ("tp", "MULTI_GPU", 8),
             ("device_map", "NO", 1),
+            ("zero3", "DEEPSPEED", 2),
         ],
     )
     def test_what_it_launches(self, name: str, kind: str, processes: int) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+FILES = ("pyproject.toml", "scripts/setup.sh", "scripts/constraints.txt", "scripts/zero3.txt")
 TOOLS = ("bash", "cat", "cksum", "cp", "dirname", "grep", "mkdir", "rm")
 
 # Answers what setup.sh asks of a Python; a copy of it becomes the python of the .venv it makes.
@@ -34,6 +35,7 @@ case "$*" in
       "") ;;
       *) case "$*" in *"$(cat "$state/refuses")"*) exit 1 ;; esac ;;
     esac ;;
+  "-c from deepspeed"*) echo "compiles" >>"$state/log"; [ ! -e "$state/no-compiler" ] ;;
   *) echo "unexpected: $*" >&2; exit 99 ;;
 esac
 """
@@ -74,7 +76,7 @@ def machine(tmp_path: Path) -> Machine:
     it = Machine(tmp_path / "a clone", tmp_path / "state", tmp_path / "bin")
     for folder in (it.clone / "scripts", it.state, it.tools):
         folder.mkdir(parents=True)
-    for name in ("pyproject.toml", "scripts/setup.sh", "scripts/constraints.txt"):
+    for name in FILES:
         shutil.copy(ROOT / name, it.clone / name)
     for tool in TOOLS:
         where = shutil.which(tool)
@@ -225,6 +227,33 @@ def test_unknown_kind_of_install_is_refused(machine: Machine) -> None:
     run = machine.setup("plots")
     assert run.returncode == 1
     assert "no kind of install 'plots'; there are 'dev'" in run.stderr
+
+
+class TestDeepSpeed:
+    def test_it_gets_a_folder_of_its_own(self, machine: Machine) -> None:
+        run = machine.setup("zero3")
+        assert run.returncode == 0, run.stderr
+        *_, package, _, pins, compiled = machine.log()
+        assert package.endswith("-e .[dev]")
+        assert pins.endswith("--target .zero3/site -r scripts/zero3.txt")
+        assert "--no-deps" in pins
+        assert compiled == "compiles"
+        before = machine.log()
+        assert machine.setup("zero3").returncode == 0
+        assert machine.log() == before
+
+    def test_one_that_was_not_done_starts_from_nothing(self, machine: Machine) -> None:
+        """A compilation that was killed leaves a lock that all later ones would wait for."""
+        machine.tell("no-compiler")
+        run = machine.setup("zero3")
+        assert run.returncode == 1
+        assert "does not compile; it needs a C++ compiler" in run.stderr
+        lock = machine.clone / ".zero3" / "extensions" / "lock"
+        lock.parent.mkdir()
+        lock.touch()
+        (machine.state / "no-compiler").unlink()
+        assert machine.setup("zero3").returncode == 0
+        assert not lock.exists()
 
 
 def test_every_direct_dependency_is_pinned() -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.distributed.tensor import DTensor
 
 from llm_distill import loading
 from llm_distill.cache import estimators, fingerprints
@@ -24,6 +23,7 @@ from llm_distill.caching.asking import write_shard
 from llm_distill.capture import plain
 from llm_distill.errors import InputError
 from llm_distill.lm_head import head_of
+from llm_distill.pieces import in_pieces
 from llm_distill.publishing import versions
 from llm_distill.signals import Request
 
@@ -106,7 +106,7 @@ def _refuse_sharded(source: Source) -> None:
     Raises:
         InputError: Saying how else.
     """
-    if source.model is not None and any(isinstance(p, DTensor) for p in source.model.parameters()):
+    if in_pieces(source.model):
         raise InputError(
             "the teacher is sharded over processes, which have to run together, and each process "
             "of llm-distill cache asks it about other examples; start one process, and spread the "

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from llm_distill import binding, recall
-from llm_distill.arguments import check_arguments, check_batches
+from llm_distill.arguments import check_arguments, check_batches, check_under_deepspeed
 from llm_distill.balance import Balance
 from llm_distill.balance.base import settle
 from llm_distill.data.files import is_local, missing
@@ -75,6 +75,7 @@ def plan(recipe: Recipe, args: TrainingArguments) -> Plan:
     settings_of(objectives)  # those of a race are refused
     check_batches(terms, args)
     balance = settle(recipe.balance, terms, student.depth)
+    check_under_deepspeed(args, master, balance)
     causal = not is_masked(master.config)
     if recipe.data.eval is not None or binding.reads_logits(terms):
         adapter = recipe.adapter(causal=causal)

@@ -2,6 +2,7 @@
 
 from llm_distill.placement.choice import SHARDS, Facts, Launch, Placement, Shard, choose
 from llm_distill.placement.launch import caps, launched
+from llm_distill.placement.partitioning import load_partitioned
 from llm_distill.placement.sharding import (
     groups,
     load_sharded,
@@ -22,6 +23,7 @@ __all__ = [
     "facts_of",
     "groups",
     "launched",
+    "load_partitioned",
     "load_sharded",
     "resident_bytes",
 ]

@@ -13,7 +13,7 @@ from llm_distill.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-Shard = Literal["auto", "replica", "fsdp2", "hsdp", "tp"]
+Shard = Literal["auto", "replica", "fsdp2", "hsdp", "tp", "zero3"]
 """What may be asked for."""
 
 SHARDS: tuple[str, ...] = get_args(Shard)
@@ -33,12 +33,14 @@ class Launch:
         local: Processes on this machine.
         device: `cuda`, `cpu`, …, where each process trains.
         free: Bytes that the device of the fullest process could still give.
+        deepspeed: Whether it is a run of DeepSpeed.
     """
 
     world: int = 1
     local: int = 1
     device: str = "cpu"
     free: int = 0
+    deepspeed: bool = False
 
     @property
     def nodes(self) -> int:
@@ -75,14 +77,14 @@ class Placement:
 
     Attributes:
         kind: What was chosen; `offload` over this process's device, memory and disk.
-        fsdp: Processes that hold a piece each, and gather a block when it runs.
+        fsdp: Processes that hold a piece each, and gather a block when it runs (`zero3`: a layer).
         replicas: Copies of all pieces.
         tp: Processes that compute each layer together.
         room: Bytes of the device that it may take, the rest being for the student; 0: all it needs.
         reason: In words.
     """
 
-    kind: Literal["replica", "fsdp2", "hsdp", "tp", "offload"]
+    kind: Literal["replica", "fsdp2", "hsdp", "tp", "zero3", "offload"]
     fsdp: int = 1
     replicas: int = 1
     tp: int = 1
@@ -142,9 +144,10 @@ def choose(shard: Shard, size: int | None, facts: Facts, launch: Launch) -> Plac
         _refuse_size(shard, size, facts)
         return Placement("replica", replicas=launch.world, reason="as asked")
     _check_launch(shard, facts, launch)
-    if shard == "fsdp2":
+    if shard in ("fsdp2", "zero3"):
         _refuse_size(shard, size, facts)
-        return _checked(Placement("fsdp2", fsdp=launch.world, reason="as asked"), facts)
+        placed = Placement(shard, fsdp=launch.world, reason="as asked")
+        return _checked(placed, facts) if shard == "fsdp2" else placed
     shared = launch.local if size is None else size
     _check_size(shard, shared, facts, launch)
     rest = launch.world // shared
@@ -187,6 +190,11 @@ def _check_launch(shard: str, facts: Facts, launch: Launch) -> None:
             f"teacher {facts.name}: shard={shard!r} spreads it over processes and there is one; "
             "start several (accelerate launch --num_processes 8 …; on a CPU torchrun "
             "--nproc_per_node 2 …), or write device_map: auto"
+        )
+    if shard == "zero3" and not launch.deepspeed:
+        raise InputError(
+            f"teacher {facts.name}: shard='zero3' needs a run of DeepSpeed (recipes/accelerate/"
+            "zero3.yaml), and this is none; write shard: fsdp2"
         )
     if facts.quantised:
         raise InputError(

@@ -8,6 +8,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from llm_distill import zero
 from llm_distill.placement.choice import Launch
 
 
@@ -25,7 +26,7 @@ def launched(device: torch.device) -> Launch:
         least = torch.tensor(free, device=device)
         dist.all_reduce(least, dist.ReduceOp.MIN)
         free = int(least)
-    return Launch(world, int(local), device.type, free)
+    return Launch(world, int(local), device.type, free, deepspeed=zero.is_running())
 
 
 def free_bytes(device: torch.device) -> int:

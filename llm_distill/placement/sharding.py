@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from llm_distill import loading
+from llm_distill import loading, pieces
 from llm_distill.placement.sizes import skeleton
 
 if TYPE_CHECKING:
@@ -99,11 +98,7 @@ def groups(model: nn.Module) -> list[str]:
 
 def resident_bytes(model: nn.Module) -> int:
     """Bytes of a model's weights that this process holds now."""
-    sizes = {}
-    for parameter in model.parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        sizes[id(parameter)] = local.numel() * local.element_size()
-    return sum(sizes.values())
+    return sum({id(weight): pieces.resident(weight) for weight in model.parameters()}.values())
 
 
 def _plans(bare: PreTrainedModel) -> bool:

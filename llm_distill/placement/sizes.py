@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from llm_distill import blocks, loading
+from llm_distill import blocks, loading, zero
 from llm_distill.errors import InputError
 from llm_distill.kinds import is_masked
 from llm_distill.placement.choice import Facts
@@ -64,6 +64,6 @@ def _bits(config: PreTrainedConfig) -> int | None:
 def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a config with its head, on no device: names and shapes alone."""
     auto: Any = AutoModelForMaskedLM if is_masked(config) else AutoModelForCausalLM
-    with torch.device("meta"), loading.quiet():
+    with torch.device("meta"), loading.quiet(), zero.aside():
         model: PreTrainedModel = auto.from_config(config, trust_remote_code=trust_remote_code)
     return model

@@ -24,7 +24,7 @@ from llm_distill.errors import InputError
 from llm_distill.race.candidates import with_arm
 from llm_distill.race.examples import collator_copy, held_out, total_steps
 from llm_distill.teachers import Source, Teacher
-from llm_distill.teachers.members import Composite
+from llm_distill.teachers.members import Composite, form_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -69,6 +69,10 @@ class Opened(Composite):
     def spec(self) -> ModelSpec:
         """Of its model."""
         return self.teacher.spec
+
+    def form(self) -> str | None:
+        """As the teacher."""
+        return form_of(self.teacher)
 
     def find_tokenizer(self) -> Any | None:  # noqa: ANN401  as Teacher has it
         """Of its model."""

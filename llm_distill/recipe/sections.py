@@ -141,8 +141,14 @@ class Recipe:
             InputError: For values that do not go together, or that this machine cannot do.
         """
         from transformers import TrainingArguments
+        from transformers.integrations.deepspeed import is_deepspeed_available
         from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
+        if self.training.get("deepspeed") and not is_deepspeed_available():
+            raise InputError(
+                "training.deepspeed: DeepSpeed is not installed here; pip install deepspeed, or "
+                "train under FSDP2 (recipes/accelerate/fsdp2.yaml)"
+            )
         try:
             args = TrainingArguments(**{**self.training, **changes})
             get_reporting_integration_callbacks(args.report_to)

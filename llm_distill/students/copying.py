@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.initialization import no_init_weights
 
-from llm_distill import loading
+from llm_distill import loading, zero
 from llm_distill.capture import plain
 from llm_distill.errors import InputError
 from llm_distill.kinds import is_masked
@@ -69,7 +69,7 @@ def _kind(teacher: Local) -> type[PreTrainedModel]:
             )
         return type(plain(teacher.model))
     auto: Any = AutoModelForMaskedLM if is_masked(teacher.config) else AutoModelForCausalLM
-    with torch.device("meta"):
+    with torch.device("meta"), zero.aside():
         return type(
             auto.from_config(
                 copy.deepcopy(teacher.config), trust_remote_code=teacher.trust_remote_code
@@ -88,7 +88,7 @@ def _read(
     sees names before they are put right, and `save_pretrained` would undo it.
     """
     if not isinstance(teacher.model, str):
-        return plain(teacher.model)
+        return plain(teacher.load())
 
     def thin(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  its class's own
         kind.__init__(self, config, *args, **kwargs)
@@ -100,7 +100,7 @@ def _read(
     body = {"__init__": thin, "__module__": kind.__module__}
     sparse: Any = type(kind.__name__, (kind,), body)
     options = {"revision": teacher.revision, "attn_implementation": teacher.attn_implementation}
-    with loading.quiet():
+    with loading.quiet(), zero.aside():
         try:
             model, told = sparse.from_pretrained(
                 teacher.model,

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from llm_distill import loading, provenance
+from llm_distill import loading, provenance, zero
 from llm_distill.errors import InputError
 from llm_distill.kinds import has_causal, has_masked, is_masked, sees_only_the_past
 
@@ -76,7 +76,7 @@ class FromConfig:
     def load(self, teacher: PreTrainedConfig) -> PreTrainedModel:
         """The model, its weights drawn from `seed`."""
         auto: Any = AutoModelForMaskedLM if is_masked(teacher) else AutoModelForCausalLM
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), zero.aside():
             torch.manual_seed(self.seed)
             return cast(
                 "PreTrainedModel",

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_distill import loading
+from llm_distill import loading, zero
 from llm_distill.capture import plain
 from llm_distill.errors import InputError
+from llm_distill.pieces import make_whole
 from llm_distill.placement import (
     SHARDS,
     Facts,
@@ -23,6 +24,7 @@ from llm_distill.placement import (
     choose,
     facts_of,
     launched,
+    load_partitioned,
     load_sharded,
 )
 from llm_distill.signals import (
@@ -54,9 +56,10 @@ class Local:
         shard: How a teacher lies on several processes. `replica`: whole on each. `fsdp2`: each
             keeps a piece of every block, and blocks are gathered one at a time; `hsdp`: the same
             inside each machine, with a copy on every machine; `tp`: the processes of a machine
-            compute each layer together. `auto`: whole where that takes at most half of the free
-            memory, else in pieces inside each machine; in one process over its device, memory and
-            disk.
+            compute each layer together; `zero3`: in a run of DeepSpeed, an engine of its own
+            keeps a piece of every weight, and gathers one layer at a time. `auto`: whole where
+            that takes at most half of the free memory, else in pieces inside each machine; in one
+            process over its device, memory and disk.
         shard_size: Processes that share a copy (`hsdp`) or a layer (`tp`); by default those of a
             machine.
         once_per_step: Whether a teacher reads all micro-batches of a step at once, which gathers
@@ -164,6 +167,7 @@ class Local:
     ) -> PreTrainedModel:
         """The model, whole; with a request, without the head and upper blocks it does not need."""
         if not isinstance(self.model, str):
+            make_whole(self.model)  # where it was loaded after the arguments of a ZeRO-3 run
             return self.model
         return loading.load_model(
             self.model,
@@ -187,7 +191,13 @@ class Local:
                 "put every process's "
                 "copy on the same devices; leave device_map out, or start one process"
             )
-        self._placed(request, device)
+        placement, _ = self._placed(request, device)
+        if zero.is_zero3() and (self.device_map is not None or placement.kind == "offload"):
+            raise InputError(
+                f"teacher {self.name}: device_map={self.device_map or 'auto'!r} beside a student "
+                "under DeepSpeed ZeRO-3, which moves weights itself; write shard: replica, or "
+                "start several processes and write shard: fsdp2"
+            )
 
     def open(self, request: Request, device: torch.device) -> LocalSource:
         """Load for teaching.
@@ -201,7 +211,8 @@ class Local:
         told = () if placement == WHOLE else (placement.describe(facts),)
         spread = None
         if placement.pieces > 1:
-            model = load_sharded(
+            in_pieces = load_partitioned if placement.kind == "zero3" else load_sharded
+            model = in_pieces(
                 str(self.model),
                 self._config_for(request),
                 placement,

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from llm_distill.cache.kinds import Top
 from llm_distill.errors import InputError
 from llm_distill.losses.blending import Blend, Part, Switch
+from llm_distill.pieces import in_pieces
 from llm_distill.signals import Dense, Distribution, Factored, Head, ModelSpec
 from llm_distill.teachers.cached import Cached
 from llm_distill.teachers.local import Local
@@ -232,7 +232,7 @@ def check_turns(members: Sequence[Teacher]) -> None:
                 f"turns: {leaf.name} has a device_map, which keeps its weights where they are; "
                 "leave one of the two out"
             )
-        if leaf.shard in ("fsdp2", "hsdp", "tp"):
+        if leaf.shard not in ("auto", "replica"):
             raise _cannot_leave(leaf.name)
 
 
@@ -242,11 +242,6 @@ def _cannot_leave(name: str) -> InputError:
         f"turns: {name} lies in pieces on several processes, which stay on their devices; leave "
         "turns out, or write shard: replica"
     )
-
-
-def in_pieces(model: nn.Module | None) -> bool:
-    """Whether the forward of a model is a collective call."""
-    return model is not None and any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def opened(member: Teacher, request: Request, device: torch.device, *, turns: bool) -> Source:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from llm_distill.errors import InputError
 from llm_distill.losses.blending import Switch
 from llm_distill.losses.sparse import TopK
+from llm_distill.pieces import in_pieces
 from llm_distill.signals import Request, Signals
 from llm_distill.teachers.base import Source, Teacher
 from llm_distill.teachers.ensemble import EnsembleSource
@@ -22,7 +23,6 @@ from llm_distill.teachers.members import (
     check_turns,
     common_spec,
     forms,
-    in_pieces,
     opened,
     part_of,
 )

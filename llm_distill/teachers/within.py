@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from llm_distill.capture import Reader
+from llm_distill.pieces import own_part
 from llm_distill.signals import Factored, Request, Signals
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Copy(Within):
             return
         theirs = dict(student.named_parameters())
         for name, mean in self.learned().items():
-            _local(mean).lerp_(_local(theirs[name]), 1.0 - self._decay)
+            own_part(mean).lerp_(own_part(theirs[name]), 1.0 - self._decay)
 
 
 class Shared(Within):
@@ -211,11 +211,6 @@ def settled(distiller: nn.Module) -> None:
     for module in distiller.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def _local(parameter: Tensor) -> Tensor:
-    """This rank's part of a weight."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def detached(said: Signals, request: Request) -> Signals:

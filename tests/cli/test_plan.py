@@ -66,7 +66,7 @@ def test_a_race_needs_settings_that_can_be(
         planned(content | {"objectives": ["Logits", raced, *others]})
 
 
-@pytest.mark.parametrize("shard", ["fsdp2", "auto"])
+@pytest.mark.parametrize("shard", ["fsdp2", "auto", "zero3"])
 def test_members_in_pieces_are_planned_anywhere(
     content: dict[str, Any], models: Path, shard: str
 ) -> None:

@@ -1,5 +1,6 @@
 """Where a teacher goes: a table of sizes and launches, and what is refused before weights load."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,6 +46,7 @@ def test_automatic(size: int, launch: Launch, kind: str, numbers: tuple[int, int
     [
         ("replica", None, NODE, (1, 8, 1)),
         ("fsdp2", None, TWO, (16, 1, 1)),
+        ("zero3", None, replace(TWO, deepspeed=True), (16, 1, 1)),
         ("hsdp", None, TWO, (8, 2, 1)),
         ("hsdp", 4, NODE, (4, 2, 1)),
         ("tp", None, NODE, (1, 1, 8)),
@@ -65,6 +67,16 @@ def test_as_asked(shard: Any, size: int | None, launch: Launch, numbers: Any) ->
         ("fsdp2", None, model(), ONE, "spreads it over processes and there is one; start several"),
         ("tp", None, model(), ONE, "or write device_map: auto"),
         ("auto", 2, model(), NODE, "shard_size=2 without a shard"),
+        (
+            "zero3",
+            None,
+            model(),
+            NODE,
+            "needs a run of DeepSpeed .*, and this is none; write shard",
+        ),
+        ("zero3", None, model(), replace(ONE, deepspeed=True), "and there is one; start several"),
+        ("zero3", 4, model(), replace(NODE, deepspeed=True), "takes no shard_size .4.; leave it"),
+        ("zero3", None, model(quantised=True), replace(NODE, deepspeed=True), "cannot be cut into"),
         ("fsdp2", 4, model(), NODE, "takes no shard_size .4.; leave it out, or write shard: hsdp"),
         ("hsdp", 3, model(), NODE, "3 of 8 processes to a copy; write shard_size: 2 or 4 or 8"),
         ("hsdp", None, model(), NODE, "one machine with 8 processes; write shard: fsdp2"),

@@ -172,6 +172,7 @@ class TestMeasure:
         assert opened.open(Request(logits=True), args.device) is source
         assert (opened.config, opened.spec) == (run.teacher.config, run.teacher.spec)
         assert opened.find_tokenizer() is None
+        assert opened.form() is None
         assert isinstance(opened.model, LlamaForCausalLM)
         experts = {"a": tiny.llama("teacher"), "b": tiny.llama("teacher")}
         routed = module.Opened(Routed(experts, by="kind"), source)

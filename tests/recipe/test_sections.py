@@ -200,6 +200,16 @@ class TestMaking:
         with pytest.raises(InputError, match=message):
             made.arguments()
 
+    def test_deepspeed_that_is_not_there(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        absent = "transformers.integrations.deepspeed.is_deepspeed_available"
+        monkeypatch.setattr(absent, lambda: False)
+        stage = {"zero_optimization": {"stage": 3}}
+        made = recipe(training={"output_dir": str(tmp_path), "use_cpu": True, "deepspeed": stage})
+        with pytest.raises(InputError, match="not installed here; pip install deepspeed, or train"):
+            made.arguments()
+
     def test_adapters(self) -> None:
         adapter = recipe(peft={"r": 4, "target_modules": "all-linear"}).adapter(causal=True)
         assert adapter is not None

@@ -178,6 +178,23 @@ class TestOpen:
         with pytest.raises(InputError, match="device_map='auto' with several processes"):
             Local(teacher, device_map="auto").open(ALL, CPU)
 
+    def test_a_device_map_beside_zero3_is_refused(
+        self, teacher: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("llm_distill.zero.is_zero3", lambda: True)
+        Local(teacher).check(ALL, CPU)
+        with pytest.raises(InputError, match="device_map='auto' beside a student under DeepSpeed"):
+            Local(teacher, device_map="auto").open(ALL, CPU)
+
+    def test_what_would_go_over_memory_and_disk_beside_zero3_is_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = on_disk.save_model(tmp_path, "teacher")
+        monkeypatch.setattr("llm_distill.zero.is_zero3", lambda: True)
+        monkeypatch.setattr(local, "launched", lambda device: Launch(free=1))
+        with pytest.raises(InputError, match="write shard: replica, or start several processes"):
+            Local(str(path)).check(ALL, CPU)
+
     def test_a_layer_that_is_not_there_is_refused(self, teacher: PreTrainedModel) -> None:
         with pytest.raises(ValueError, match=r"teacher LlamaForCausalLM: hidden state 5 is out of"):
             Local(teacher).open(Request(hidden=frozenset({5})), CPU)

@@ -25,7 +25,6 @@ from llm_distill.teachers.members import (
     as_teachers,
     common_spec,
     form_of,
-    in_pieces,
     opened,
     part_of,
 )
@@ -139,11 +138,6 @@ def test_what_turned_out_to_lie_in_pieces_takes_no_turns(monkeypatch: pytest.Mon
     monkeypatch.setattr(members, "in_pieces", lambda model: model is not None)
     with pytest.raises(InputError, match="LlamaForCausalLM lies in pieces on several processes"):
         opened(Local(tiny.llama("teacher")), Request(logits=True), CPU, turns=True)
-
-
-def test_what_lies_in_pieces() -> None:
-    assert not in_pieces(None)
-    assert not in_pieces(tiny.llama("student"))
 
 
 class TestForms:
