@@ -30,8 +30,8 @@ class Job:
         blockwise: Share of the training in which blocks learn alone.
         steps: Of the training.
         blocks: That the student is cut from, where it is.
-        mode: `fixed`: the map and weight, no gate, nothing fades; `shipped`: `auto` with gate and
-            fading; `race`: `auto_race`.
+        mode: `fixed`: the map and weight, no gate, nothing fades; `shipped`: the map, or `auto`,
+            with gate and fading; `race`: `auto_race`.
     """
 
     pair: str

@@ -29,11 +29,15 @@ MANY = (
     "coverage",
     "auto",
     "auto as shipped",
+    "best hand as shipped",
     "auto_race",
 )
 """Arms with many seeds; the best map by hand is one of them as well."""
 
-STUDIES = ("auto as shipped", "auto_race", "best hand at race cost", "blockwise", "scores")
+SIDE = ("best hand as shipped", "best hand at race cost", "blockwise")
+"""Studies of a map that has to be known first."""
+
+STUDIES = ("auto as shipped", "auto_race", *SIDE, "scores")
 """What is measured beside the maps; `blocks` of pair a comes to it."""
 
 ARMS = ("none", *HAND, *DATA, *STUDIES, "blocks")
@@ -207,7 +211,7 @@ class Plan:
 
     def _beside(self) -> Iterator[Job]:
         """The studies that need to know the best map or weight."""
-        for study in ("blockwise", "best hand at race cost"):
+        for study in SIDE:
             if self.wants(study):
                 for seed in self.seeds(study):
                     yield from _known(self.study(study, seed))
@@ -223,13 +227,15 @@ class Plan:
     # Studies
 
     def study(self, name: str, seed: int) -> Job | None:
-        """The best map and blocks that learn alone, or the best by hand with a race's steps."""
+        """The best map and blocks that learn alone, or the best by hand as one of `SIDE`."""
         if name == "blockwise":
             best = self.best_map()
             job = None if best is None else self.job(best, seed)
             return job and replace(job, blockwise=self.settings.blockwise)
         best, raced = self.best_hand(), self.lines.get(replace(self._run(seed), mode="race"))
         job = None if best is None else self.job(best, seed)
+        if name == "best hand as shipped":
+            return job and replace(job, mode="shipped")
         if job is None or raced is None or "race_steps" not in raced:
             return None
         return replace(job, steps=job.steps + raced["race_steps"])

@@ -57,7 +57,7 @@ def _head(settings: Settings, plans: Sequence[Plan], facts: Mapping[str, str]) -
         "",
         f"{s.steps} steps of AdamW with a cosine, {s.batch} sequences of {s.length} bytes each, "
         "trained by `DistillTrainer` with `Logits` and `HiddenStates`; gate and fading off but in "
-        f"*auto as shipped*; where widths differ, projectors start {STARTS[s.init]}. "
+        f"*as shipped*; where widths differ, projectors start {STARTS[s.init]}. "
         "Figure: KL(teacher || student) on "
         f"{s.held_out} held-out passages, nats per byte that is asked for. Every map has its best "
         f"weight of {weights}{beyond}, chosen on {s.tuning} seeds; arms are paired: same seed, "

@@ -163,7 +163,8 @@ class Bench:
             hint = HiddenStates(layers=strategy, weight=_constant(1.0), gate=False, init=self._init)
             return [Logits(), hint]
         if job.mode == "shipped":
-            return [Logits(), HiddenStates(layers=auto, weight=job.weight)]
+            layers = auto if job.mapping is None else self.mapping(job.mapping)
+            return [Logits(), HiddenStates(layers=layers, weight=job.weight)]
         if job.mapping is None:
             return [Logits()]
         mapping = self.mapping(job.mapping)

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from scripts.bench.mapping.plan import SIDE
 from scripts.bench.mapping.settings import BLOCKS
 from scripts.bench.mapping.statistics import Difference, difference, interval, spearman
 
@@ -35,13 +36,13 @@ class Results:
 
     def job(self, arm: str, seed: int) -> Job | None:
         """Of an arm or of a study."""
-        if arm in ("blockwise", "best hand at race cost"):
+        if arm in SIDE:
             return self.plan.study(arm, seed)
         return self.plan.job(arm, seed)
 
     def arms(self) -> list[str]:
         """Those with a finished training, in the order of the table."""
-        beside = ("auto as shipped", "auto_race", "best hand at race cost", "blockwise")
+        beside = ("auto as shipped", "auto_race", *SIDE)
         return [arm for arm in ("none", *self.plan.maps(), *beside) if self.lines(arm)]
 
     def lines(self, arm: str) -> dict[int, Line]:
@@ -134,6 +135,7 @@ class Results:
         for arm, other in (
             ("blockwise", self.plan.best_map()),
             ("auto as shipped", "auto"),
+            ("auto as shipped", "best hand as shipped"),
             ("auto", "none"),
             ("auto_race", "none"),
             ("auto_race", "auto"),

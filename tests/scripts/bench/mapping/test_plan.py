@@ -117,6 +117,10 @@ def test_studies(plan: Plan) -> None:
     assert longer is not None
     assert longer.steps == plan.settings.steps + 100
     assert name_of(longer) == "skip"
+    shipped = plan.study("best hand as shipped", 7)
+    assert shipped is not None
+    assert (name_of(shipped), shipped.mode, shipped.weight) == ("skip", "shipped", 3.0)
+    assert len(plan.seeds("best hand as shipped")) == 8
     alone = plan.study("blockwise", 2)
     assert alone is not None
     assert alone.blockwise == pytest.approx(1 / 3)
