@@ -138,9 +138,11 @@ def refuse_layers(
     """
     states = f", and hidden states {', '.join(map(str, held))}" if held else ""
     instead = "keep to CrossEntropy and Logits, or write teacher: {Local: …}"
-    again = f"write states: true in Cached and run llm-distill cache on this recipe, or {instead}"
+    again = "run llm-distill cache on this recipe with " + (
+        "another path" if held else "states: true in Cached"
+    )
     asked = (
-        ("hidden states", request.hidden - set(held), again),
+        ("hidden states", request.hidden - set(held), f"{again}, or {instead}"),
         ("the attention of blocks", request.heads, instead),
     )
     for what, layers, way in asked:
