@@ -7,6 +7,7 @@ training takes it from there.
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
@@ -137,7 +138,8 @@ def decisions(before: Sequence[Objective], after: Sequence[Objective]) -> dict[s
             layer_map = made.layers
             if isinstance(layer_map, LayerMap):
                 strategy = describe_function(asked.layers)
-                found[name] = {"strategy": strategy, "map": asdict(layer_map)}
+                text = json.loads(json.dumps(asdict(layer_map)))  # tuples are lists
+                found[name] = {"strategy": strategy, "map": text}
     return found
 
 

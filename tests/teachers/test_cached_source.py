@@ -199,7 +199,7 @@ class TestStates:
             Cached(paths["valid"]).open(STATES, CPU)(given)
 
     def test_half_precision_stays(self, tmp_path: Path) -> None:
-        model = tiny.llama("teacher").to(torch.bfloat16)
+        model = tiny.llama("teacher").bfloat16()
         path = caches.written(tmp_path, hints=[HINT], model=model)
         given = batch(PLACES)
         read = Cached(path).open(STATES, CPU)(given).hidden(4, given.supervised)
