@@ -219,14 +219,20 @@ def check_rows(teacher: Teacher, terms: Mapping[str, Term]) -> None:
                 )
 
 
-def check_asked(cached: Cached, terms: Mapping[str, Term], teacher: ModelSpec) -> None:
-    """Refuse states that nobody reads, or more directions than there are.
+def check_asked(
+    cached: Cached,
+    objectives: Sequence[Objective],
+    terms: Mapping[str, Term],
+    teacher: ModelSpec,
+) -> None:
+    """Refuse, before it is written, a cache of states that nobody reads or that cannot serve.
 
     Raises:
         InputError: Saying what to write.
     """
     if not cached.states:
         return
+    refuse_lookers(objectives)
     if not any(term.teacher.hidden for term in terms.values()):
         raise InputError(
             f"Cached: states is true, and no objective ({', '.join(terms)}) reads hidden states; "

@@ -212,15 +212,16 @@ class TestRows:
 class TestAsked:
     def test_nobody_reads_them(self) -> None:
         with pytest.raises(InputError, match=r"no objective \(Logits\) reads hidden states"):
-            hints.check_asked(Cached("x", states=True), terms(Logits()), TEACHER)
-        hints.check_asked(Cached("x"), terms(Logits()), TEACHER)
+            hints.check_asked(Cached("x", states=True), [Logits()], terms(Logits()), TEACHER)
+        hints.check_asked(Cached("x"), [Logits()], terms(Logits()), TEACHER)
 
     @pytest.mark.parametrize("width", [64, 100])
     def test_more_directions_than_there_are(self, width: int) -> None:
-        asked = terms(HiddenStates(layers=PAIRS))
+        hint = HiddenStates(layers=PAIRS)
+        asked: tuple[Any, ...] = ([hint], terms(hint), TEACHER)
         with pytest.raises(InputError, match=f"is {width}, and the states of .* have 64 features"):
-            hints.check_asked(Cached("x", states=True, states_width=width), asked, TEACHER)
-        hints.check_asked(Cached("x", states=True, states_width=63), asked, TEACHER)
+            hints.check_asked(Cached("x", states=True, states_width=width), *asked)
+        hints.check_asked(Cached("x", states=True, states_width=63), *asked)
 
     def test_layers_of_all_objectives(self) -> None:
         objectives = (

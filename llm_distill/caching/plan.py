@@ -31,7 +31,7 @@ SHARD_BYTES = 64 << 20
 """Of a shard, about: what a killed run loses at most, for each rank."""
 
 SHARD_ROWS = 1024
-"""Supervised rows of a shard at least."""
+"""Supervised rows of a shard at least, where no hidden states are kept."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,8 @@ class Capture:
     @cached_property
     def parts(self) -> list[Part]:
         """All shards: each example with something to keep once, in the order of the data."""
-        least = self.shard_rows or SHARD_ROWS
+        # States of all tokens may be many for few supervised ones, and a shard is held in memory.
+        least = self.shard_rows or (SHARD_ROWS if self.layers is None else 0)
         full = 0 if self.shard_rows else SHARD_BYTES
         each = 0.0 if self.layers is None else self.layers.token_bytes
         seen: set[bytes] = set()

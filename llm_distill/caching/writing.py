@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.distributed.tensor import DTensor
 
-from llm_distill import loading
+from llm_distill import hints, loading
 from llm_distill.cache import estimators, fingerprints, frames
 from llm_distill.cache.encoded import Fidelity
 from llm_distill.cache.index import FILE as INDEX
@@ -56,6 +56,8 @@ def write_cache(capture: Capture, *, overwrite: bool = False) -> Manifest:
             cache.
     """
     capture.estimator.check(capture.vocabulary)
+    run = capture.run
+    hints.check_asked(capture.cached, run.objectives, run.terms, run.teacher.spec)
     if capture.run.tokenizers.theirs is not None:
         raise InputError(
             f"{capture.run.tokenizers.difference}; a cache is read token by token, which needs one "

@@ -50,8 +50,7 @@ def cache(recipe: Recipe, *, overwrite: bool = False) -> Manifest:
     held = range(planned.teacher.depth + 1) if cached.states else ()
     specs = planned.student, planned.teacher
     recall.check_objectives(cached.estimator, planned.objectives, planned.terms, *specs, held)
-    hints.refuse_lookers(planned.objectives)
-    hints.check_asked(cached, planned.terms, planned.teacher)
+    hints.check_asked(cached, planned.objectives, planned.terms, planned.teacher)
     prepared = read_data(asked, args, planned, screen)
     try:
         run = prepare_run(

@@ -88,7 +88,8 @@ def states(count: int, width: int, seed: int) -> Tensor:
     found[:, far] += size * torch.tensor([600.0, -250.0])
     found[:, wide] *= torch.tensor([60.0, 200.0, 30.0])
     found[::128, width // 5] += 3000.0 * size
-    return found
+    whole: Tensor = found
+    return whole
 
 
 def measure(options: argparse.Namespace, tell: Callable[[str], object]) -> list[tuple[str, ...]]:
@@ -154,4 +155,5 @@ def _scaled(values: Tensor, block: int | None) -> Tensor:
     size = width if block is None else block
     blocks = F.pad(values, (0, -width % size)).view(len(values), -1, size)
     steps = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
-    return ((blocks / steps).round() * steps).flatten(1)[:, :width]
+    read: Tensor = ((blocks / steps).round() * steps).flatten(1)[:, :width]
+    return read

@@ -69,7 +69,7 @@ def test_states_are_the_teachers_of_each_token(
 ) -> None:
     """Of an example without a supervised token as well, where all tokens are asked for."""
     hint = HiddenStates(layers=partial(explicit, pairs=[[2, 3]]), rows=rows)
-    own = {"data_collator": Collator(pad_token_id=0)}
+    own: dict[str, Any] = {"data_collator": Collator(pad_token_id=0)}
     made = caches.capture(tmp_path, keep, hints=[hint], shard_rows=10**6, **own)
     assert made.layers is not None
     write_cache(made)

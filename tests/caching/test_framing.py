@@ -51,7 +51,13 @@ def test_no_more_than_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(framing, "EXAMPLES", 6)
     monkeypatch.setattr(framing, "TOKENS", 18)
     seen: list[torch.Tensor] = []
-    monkeypatch.setattr(Frame, "of", lambda given, width: seen.append(given) or given)
+
+    def noted(given: torch.Tensor, width: int | None) -> torch.Tensor:
+        assert width is None
+        seen.append(given)
+        return given
+
+    monkeypatch.setattr(Frame, "of", noted)
     made = caches.capture(tmp_path, hints=[HINT])
     framed(made, opened(made))
     assert len(seen) == 2

@@ -65,7 +65,7 @@ class TestHints:
     def test_examples_with_tokens_alone(self, tmp_path: Path) -> None:
         """Nothing is supervised in one of 24; its states may be asked for all the same."""
         every = replace(self.HINT, rows="valid")
-        own = {"data_collator": Collator(pad_token_id=0)}
+        own: dict[str, Any] = {"data_collator": Collator(pad_token_id=0)}
         for hint, count in ((self.HINT, 23), (every, 24)):
             made = caches.capture(tmp_path, hints=[hint], **own)
             places = [k for part in made.parts if part.split == "train" for k in part.places]

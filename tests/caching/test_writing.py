@@ -15,14 +15,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from llm_distill import HiddenStates
+from llm_distill import AttentionMaps, HiddenStates
 from llm_distill.cache.estimators import hidden, sampled, topk
 from llm_distill.cache.manifest import FILE, UNFINISHED, Manifest
 from llm_distill.cache.store import Store
 from llm_distill.caching import write_cache, writing
 from llm_distill.caching.asking import write_shard
 from llm_distill.errors import InputError
-from llm_distill.layers import last
+from llm_distill.layers import auto_race, last
 from tests import caches, launch, tiny
 
 WORKER = "tests.cache_worker"
@@ -193,6 +193,20 @@ class TestHints:
         writing.check_disk(plain)
         with pytest.raises(InputError, match=r"or keep less: keep: .*, states_width: 256"):
             writing.check_disk(made)
+
+    @pytest.mark.parametrize(
+        ("hint", "message"),
+        [
+            (HiddenStates(layers=auto_race), "auto_race trains copies of the student"),
+            (AttentionMaps(layers=last), "reads hidden states; leave it out"),
+        ],
+    )
+    def test_what_it_cannot_serve(
+        self, tmp_path: Path, hint: HiddenStates | AttentionMaps, message: str
+    ) -> None:
+        with pytest.raises(InputError, match=message):
+            write_cache(caches.capture(tmp_path, hints=[hint]))
+        assert not (tmp_path / "cache").exists()
 
     def test_overwriting_leaves_nothing_of_it(self, hinted: Path, tmp_path: Path) -> None:
         shutil.copytree(hinted, tmp_path / "cache")

@@ -66,7 +66,7 @@ def test_hints_without_the_teacher(
         assert ended.code == 0, ended.err
         assert "auto: coverage" in ended.out
     assert not (tmp_path / "out" / "calibration.safetensors").exists()
-    ended = cli("run", **sections | {"objectives": [{"HiddenStates": {"layers": "transport"}}]})
+    ended = cli("check", **sections | {"objectives": [{"HiddenStates": {"layers": "transport"}}]})
     assert ended.code == 2
     assert "decided auto for it; run llm-distill cache on this recipe" in ended.err
 

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from torch import Tensor, nn
@@ -27,12 +28,14 @@ from llm_distill.binding import make_batch
 from llm_distill.cache.estimators import hidden
 from llm_distill.cache.frames import FILE
 from llm_distill.cache.lookup import Lookup
+from llm_distill.caching import Capture, write_cache
 from llm_distill.collation import RowCollator
 from llm_distill.data import Collator
 from llm_distill.errors import InputError
 from llm_distill.layers import explicit, last, random, uniform
 from llm_distill.losses.sparse import TopK
 from llm_distill.objectives import Objective
+from llm_distill.preparation import prepare_run
 from llm_distill.rows import Batch
 from llm_distill.signals import Request
 from tests import caches, launch, tiny
@@ -440,3 +443,33 @@ def test_top_k_beside_states(tmp_path: Path) -> None:
     said = Cached(path).open(STATES | Request(logits=True), CPU)(given)
     assert isinstance(said.logits, TopK)
     assert len(said.logits) == len(given.supervised) == len(said.hidden(2, given.supervised))
+
+
+def test_masked_models(tmp_path: Path) -> None:
+    """They are hinted at every token; in some examples nothing is masked."""
+    rows = [
+        {"input_ids": [5 + k, 3, 7, 3], "labels": [-100, 9 if k % 3 else -100, -100, -100]}
+        for k in range(12)
+    ]
+    teacher = Local(tiny.bert(width=48), tokenizer=tiny.tokenizer())
+    hint = HiddenStates(layers=uniform)
+    args = tiny.arguments(tmp_path / "out")
+    given: dict[str, Any] = {
+        "train_dataset": datasets.Dataset.from_list(rows),
+        "processing_class": tiny.tokenizer(),
+        "data_collator": Collator(pad_token_id=0),
+    }
+    run = prepare_run(tiny.bert(), teacher, [hint], args, given)
+    cached = Cached(str(tmp_path / "cache"), of=teacher, keep=hidden, states=True)
+    manifest = write_cache(Capture(run, cached, args))
+    assert manifest.layers is not None
+    assert manifest.layers.rows == "valid"
+    assert sum(shard.examples for shard in manifest.shards) == 12
+    weights = []
+    for master in (Cached(cached.path), teacher):
+        trainer = DistillTrainer(tiny.bert(), master, [hint], args, **given)
+        trainer.announces = False
+        trainer.train()
+        weights.append(nn.utils.parameters_to_vector(trainer.student.parameters()).detach())
+    start = nn.utils.parameters_to_vector(tiny.bert().parameters()).detach()
+    assert 0 < (weights[0] - weights[1]).norm() < 0.02 * (weights[1] - start).norm()
