@@ -99,10 +99,10 @@ def measure(options: argparse.Namespace, tell: Callable[[str], object]) -> list[
     from llm_distill.cache.frames import Frame
 
     tell(f"hidden states of {options.examples * options.length:,} tokens")
-    seen = states(CALIBRATED, options.width, 1)
-    given = [states(options.length, options.width, 2 + k) for k in range(options.examples)]
+    every = states(CALIBRATED + options.examples * options.length, options.width, 1)
+    seen, given = every[:CALIBRATED], list(every[CALIBRATED:].split(options.length))
     exact, centre = torch.cat(given), Frame.of(seen).centre
-    plain = torch.arange(len(exact)) % options.length % 128 != 0
+    plain = torch.arange(CALIBRATED, len(every)) % 128 != 0
     rows = []
     for name, block in (("a scale for a token", None), ("a scale for 64 numbers", 64)):
         size = options.width + 2 * (1 if block is None else -(-options.width // block))
