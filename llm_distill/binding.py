@@ -35,6 +35,7 @@ BESIDE = (
     "theirs",
     "examples",
     "told",
+    "stored",
     "columns",
     "labels",
     "num_items_in_batch",
@@ -234,8 +235,9 @@ def make_batch(
     if told is not None and keep is not None:
         own = slice(len(rows))
         told = told[own] if isinstance(told, torch.Tensor) else told.rows(own)
-    draw, columns = Draw(seed, epoch, tuple(keys)), collated.get("columns", {})
-    batch = Batch(inputs, rows, valid, queries, draw, theirs, examples, told, columns)
+    draw = Draw(seed, epoch, tuple(keys))
+    beside = collated.get("columns", {}), collated.get("stored")
+    batch = Batch(inputs, rows, valid, queries, draw, theirs, examples, told, *beside)
     return batch.to(rows.index.device)
 
 

@@ -38,7 +38,7 @@ class RowCollator:
     positions: int | None = None
     theirs: RowCollator | None = None
     named: bool = False
-    lookup: Callable[[Examples], object] | None = None
+    lookup: Callable[[Examples], Mapping[str, Any]] | None = None
     columns: tuple[str, ...] = ()
 
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
@@ -79,8 +79,8 @@ class RowCollator:
         ids, rows = batch["input_ids"], batch["rows"]
         mask, places = batch.get("attention_mask"), batch.get("position_ids")
         examples = name_examples(ids, mask, places, (rows.sequence, rows.position))
-        told = {} if self.lookup is None else {"told": self.lookup(examples)}
-        return {"examples": examples} | told
+        found = {} if self.lookup is None else self.lookup(examples)
+        return {"examples": examples, **found}
 
     def _columns(self, examples: Sequence[Any]) -> dict[str, tuple[str, ...]]:
         """The kept columns, as text."""

@@ -30,16 +30,19 @@ class Examples:
         keys: One for each.
         rows: Supervised rows of each.
         per_sequence: Examples in each sequence of the batch: 1 where nothing is packed.
+        lengths: Real tokens of each.
     """
 
     keys: tuple[bytes, ...]
     rows: tuple[int, ...]
     per_sequence: tuple[int, ...]
+    lengths: tuple[int, ...]
 
     def first(self, sequences: int) -> Examples:
         """Those of the first sequences only."""
         kept = sum(self.per_sequence[:sequences])
-        return Examples(self.keys[:kept], self.rows[:kept], self.per_sequence[:sequences])
+        few = self.per_sequence[:sequences]
+        return Examples(self.keys[:kept], self.rows[:kept], few, self.lengths[:kept])
 
     def only(self, sequences: Sequence[int]) -> Examples:
         """Those of some sequences; of those that were left out before, none."""
@@ -50,6 +53,7 @@ class Examples:
             tuple(self.keys[k] for k in kept),
             tuple(self.rows[k] for k in kept),
             tuple(self.per_sequence[s] for s in sequences),
+            tuple(self.lengths[k] for k in kept),
         )
 
 
@@ -87,7 +91,7 @@ def name_examples(
     real = np.ones(ids.shape, bool) if attention_mask is None else attention_mask.numpy() != 0
     supervised = np.zeros(ids.shape, bool)
     supervised[rows[0].numpy(), rows[1].numpy()] = True
-    keys, counts, per_sequence = [], [], []
+    keys, counts, lengths, per_sequence = [], [], [], []
     for k in range(len(ids)):
         tokens, marks = ids[k, real[k]], supervised[k, real[k]]
         starts = [0]
@@ -98,5 +102,6 @@ def name_examples(
             marked = np.flatnonzero(marks[start:end])
             keys.append(example_key(tokens[start:end], marked))
             counts.append(len(marked))
+            lengths.append(end - start)
         per_sequence.append(len(starts))
-    return Examples(tuple(keys), tuple(counts), tuple(per_sequence))
+    return Examples(tuple(keys), tuple(counts), tuple(per_sequence), tuple(lengths))

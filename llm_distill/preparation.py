@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from llm_distill import binding, mapping, recall
+from llm_distill import binding, hints, mapping, recall
 from llm_distill.arguments import (
     check_arguments,
     check_batches,
@@ -125,11 +125,11 @@ class Run:
         return RowCollator(
             self.kwargs["data_collator"],
             shift=self.shift,
-            valid=binding.needs_valid(self.terms),
+            valid=binding.needs_valid(self.terms) or hints.keeps_valid(self.teacher),
             positions=self.tokenizers.positions(self.student, self.teacher.spec),
             theirs=None if retold is None else RowCollator(retold, shift=self.shift, valid=True),
             named=recall.looks_up(self.teacher),
-            lookup=recall.lookup_of(self.teacher) if self.opening_request.logits else None,
+            lookup=hints.lookup_of(self.teacher, self.opening_request),
             columns=self.columns,
         )
 
@@ -159,11 +159,11 @@ def prepare_run(
     if _weights(model) is not None and any(_weights(model) is _weights(t) for t in leaves(master)):
         raise InputError("model and teacher are one object; give the teacher a copy of its own")
     student = student_spec(model, master.config)
-    given, objectives = objectives, binding.ready(objectives, student, master.spec)
+    given, objectives = objectives, hints.ready(objectives, student, master)
     terms = binding.bind(objectives, student, master.spec, seed=args.seed)
     binding.check_itself(master, objectives, terms)
     binding.check_optimizers(terms, kwargs.get("optimizers", (None, None)))
-    recall.check(master, objectives, terms, student)
+    hints.check(master, objectives, terms, student)
     if kwargs.get("eval_dataset") is not None or binding.reads_logits(terms):
         refuse_adapted_head(model, master.config, adapter)
     if terms and any(term.student.heads for term in terms.values()):

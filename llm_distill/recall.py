@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from torch.utils.data import IterableDataset as TorchStream
 
 from llm_distill import binding, mapping
 from llm_distill.cache import fingerprints
-from llm_distill.cache.lookup import Lookup
 from llm_distill.data import Collator
 from llm_distill.errors import InputError
 from llm_distill.keys import example_key
@@ -24,7 +23,7 @@ from llm_distill.losses.sparse import TopK
 from llm_distill.objectives import HeadTerm, Logits
 from llm_distill.rows import IGNORED
 from llm_distill.teachers import Cached
-from llm_distill.teachers.cached import refuse_layers
+from llm_distill.teachers.cached_source import refuse_layers
 from llm_distill.vocabulary import find_difference
 
 if TYPE_CHECKING:
@@ -79,19 +78,15 @@ def looks_up(teacher: object) -> bool:
     return any(looks_up(part) for part in parts)
 
 
-def lookup_of(teacher: object) -> Lookup | None:
-    """Reads a cache where batches are collated, in the DataLoader's processes; None for others."""
-    return Lookup(teacher.path) if isinstance(teacher, Cached) else None
-
-
 def check_objectives(
     estimator: Estimator,
     objectives: Sequence[Objective],
     terms: Mapping[str, Term],
     student: ModelSpec,
     teacher: ModelSpec,
+    held: Collection[int] = (),
 ) -> None:
-    """Refuse what an estimator cannot serve.
+    """Refuse what a cache cannot serve.
 
     Args:
         estimator: What a cache keeps.
@@ -99,6 +94,7 @@ def check_objectives(
         terms: The same, bound.
         student: Of the run.
         teacher: Whose answers they are.
+        held: Its layers whose hidden states are kept.
 
     Raises:
         InputError: Naming the objective and what to write.
@@ -107,7 +103,8 @@ def check_objectives(
     for objective, (name, term) in zip(objectives, terms.items(), strict=True):
         asked = term.teacher | mapping.requests([objective], student, teacher)[1]
         try:
-            refuse_layers(asked | binding.survey([objective], student, teacher)[1], name, estimator)
+            asked = asked | binding.survey([objective], student, teacher)[1]
+            refuse_layers(asked, name, estimator, held)
         except ValueError as error:
             raise InputError(str(error)) from error
         if example is None or not (isinstance(term, HeadTerm) and term.teacher.logits):
@@ -135,7 +132,8 @@ def check(
     if not isinstance(teacher, Cached):
         return
     manifest = teacher.store.manifest
-    check_objectives(manifest.estimator, objectives, terms, student, teacher.spec)
+    held = () if manifest.layers is None else manifest.layers.layers
+    check_objectives(manifest.estimator, objectives, terms, student, teacher.spec, held)
     if manifest.estimator.example() is not None and student.vocabulary < manifest.vocabulary:
         raise InputError(
             f"the cache {teacher.path} was written for students of {manifest.vocabulary} tokens "
@@ -263,7 +261,9 @@ def _check_tokenizer(teacher: Cached, tokenizer: PreTrainedTokenizerBase) -> Non
 
 def _check_examples(teacher: Cached, name: str, found: Named) -> None:
     """Refuse examples that are not in the cache, with what differs."""
-    wanted = [k for k, rows in enumerate(found.rows) if rows]
+    kept = teacher.store.manifest.layers
+    counts = found.lengths if kept is not None and kept.rows == "valid" else found.rows
+    wanted = [k for k, count in enumerate(counts) if count]
     held = teacher.store.index.holds([found.keys[k] for k in wanted])
     missing = [k for k, there in zip(wanted, held.tolist(), strict=True) if not there]
     if not missing:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llm_distill.coded import Coded
 from llm_distill.keys import Examples
 from llm_distill.losses.sparse import Counts, TopK
 from llm_distill.queries import Queries
@@ -149,6 +150,7 @@ class Batch:
         theirs: The same sequences in the teacher's own tokens, where its tokenizer is another.
         examples: Their names, by which a cache finds them; None where nobody looks them up.
         told: What a cache has of the supervised rows, where it was read with the batch.
+        stored: Hidden states that it has, by layer, of the supervised or valid rows.
         columns: What the data say of each sequence besides, as text, on the host.
         picked: What was chosen already (`llm_distill.picks`).
     """
@@ -162,6 +164,7 @@ class Batch:
     examples: Examples | None = None
     told: TopK | Counts | Tensor | None = None
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    stored: Mapping[int, Coded] | None = None
     picked: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def to(self, device: torch.device | str) -> Batch:
@@ -176,6 +179,7 @@ class Batch:
             self.examples,
             None if self.told is None else self.told.to(device),
             self.columns,
+            self.stored and {k: kept.to(device) for k, kept in self.stored.items()},
         )
 
     def only(self, sequences: Sequence[int]) -> Batch:
@@ -191,12 +195,11 @@ class Batch:
             name: value.index_select(0, chosen) if value.shape[:1] == (size,) else value
             for name, value in self.inputs.items()
         }
-        valid = None if self.valid is None else self.valid.only(sequences, length)
         keys = tuple(self.draw.keys[k] for k in sequences if k < len(self.draw.keys))
         return Batch(
             inputs,
             self.supervised.only(sequences, length),
-            valid,
+            None if self.valid is None else self.valid.only(sequences, length),
             draw=replace(self.draw, keys=keys),
             examples=None if self.examples is None else self.examples.only(sequences),
             columns={

@@ -6,17 +6,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llm_distill import HiddenStates
 from llm_distill.caching import write_cache, writing
 from llm_distill.caching.asking import write_shard
 from tests import caches, launch
 
 
-def main(folder: str, kill_after: int | None) -> None:
+def main(folder: str, kill_after: int, what: str) -> None:
     """Write it, shard by shard.
 
     Args:
         folder: Of the models and the cache.
-        kill_after: Shards, before this process kills itself; None: never.
+        kill_after: Shards, before this process kills itself; -1: never.
+        what: `hints`: hidden states as well, on a map that is decided here.
     """
     done: list[int] = []
 
@@ -28,10 +30,11 @@ def main(folder: str, kill_after: int | None) -> None:
         return shard
 
     vars(writing)["write_shard"] = watched
-    write_cache(caches.capture(Path(folder)))
+    hints = [HiddenStates(rows="valid")] if what == "hints" else []
+    write_cache(caches.capture(Path(folder), hints=hints))
     sys.stdout.write(f"wrote shards {done}\n")
     launch.finish()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None)
+    main(sys.argv[1], int((sys.argv[2:] or ["-1"])[0]), (sys.argv[3:] or [""])[0])

@@ -67,8 +67,8 @@ def test_other_labels_are_another_example() -> None:
 
 
 def test_the_first_sequences_alone() -> None:
-    given = Examples((b"a", b"b", b"c"), (1, 2, 3), (2, 1))
-    assert given.first(1) == Examples((b"a", b"b"), (1, 2), (2,))
+    given = Examples((b"a", b"b", b"c"), (1, 2, 3), (2, 1), (4, 5, 6))
+    assert given.first(1) == Examples((b"a", b"b"), (1, 2), (2,), (4, 5))
 
 
 def test_nothing_is_named_where_nobody_asks() -> None:
@@ -88,7 +88,7 @@ def test_masked_models_supervise_the_token_itself() -> None:
 
 def test_those_of_some_sequences() -> None:
     """Sequences whose rows were left out have none: they stand behind those that count."""
-    every = Examples((b"a", b"b", b"c", b"d"), (1, 2, 3, 4), (1, 2, 1))
-    assert every.only([1]) == Examples((b"b", b"c"), (2, 3), (2,))
-    assert every.only([0, 2]) == Examples((b"a", b"d"), (1, 4), (1, 1))
-    assert every.first(1).only([0, 2]) == Examples((b"a",), (1,), (1,))
+    every = Examples((b"a", b"b", b"c", b"d"), (1, 2, 3, 4), (1, 2, 1), (5, 6, 7, 8))
+    assert every.only([1]) == Examples((b"b", b"c"), (2, 3), (2,), (6, 7))
+    assert every.only([0, 2]) == Examples((b"a", b"d"), (1, 4), (1, 1), (5, 8))
+    assert every.first(1).only([0, 2]) == Examples((b"a",), (1,), (1,), (5,))

@@ -45,9 +45,9 @@ class Given:
     seed: int
 
     def rows(self) -> list[slice]:
-        """The chunks."""
+        """The chunks, one of nothing where there are no rows."""
         count = len(self.said)
-        return [slice(k, min(k + CHUNK, count)) for k in range(0, count, CHUNK)]
+        return [slice(k, min(k + CHUNK, count)) for k in range(0, max(count, 1), CHUNK)]
 
     def logits(self, rows: slice) -> Tensor:
         """Logits of a chunk: `[n, V]`."""
@@ -153,7 +153,7 @@ def fidelity(
         )
         told, back = sorted_ids.targets().double().cpu(), read.targets().double()
         lost = (told.exp() * (told - back)).sum(-1)
-        kl, worst = float(lost.sum()), float(lost.amax())
+        kl, worst = float(lost.sum()), float(lost.amax()) if len(lost) else 0.0
         mass = float((1.0 - exact.tail.double().exp()).sum())
     label, entropy = facts.double().sum(1).tolist()
     return Fidelity(facts.shape[1], kl, worst, mass, entropy, -label)

@@ -197,14 +197,18 @@ class States(Estimator):
         told = [facts(given.logits(rows), given.labels[rows]) for rows in given.rows()]
         features = said.head.features(said.hidden).to(said.head.weight.dtype)
         kept = Encoded(len(said), 0, {"states": columns.of_states(features)})
-        back = columns.states_of(kept.columns["states"], len(said), features.dtype)
+        back = self.tensors([kept], features.dtype).view(features.shape)
         if not back.equal(features.cpu()):
             raise RuntimeError("hidden states were not read back as they were written")
         return kept, fidelity(torch.cat(told, 1), mass=float(len(said)))
 
     def tensors(self, found: Sequence[Encoded], dtype: torch.dtype) -> Tensor:
         """Hidden states."""
-        parts = [columns.states_of(part.columns["states"], part.rows, dtype) for part in found]
+        parts = [
+            columns.states_of(part.columns["states"], part.rows, dtype)
+            for part in found
+            if part.rows  # of none nobody knows the width
+        ]
         return torch.cat(parts) if parts else torch.zeros(0, 0, dtype=dtype)
 
     def example(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from llm_distill.cache import estimators
+from llm_distill.cache.layers import Layers
 from llm_distill.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ FILE = "manifest.json"
 UNFINISHED = "unfinished.json"
 """The same before the last shard is there, without what shards add."""
 
+ADDED: dict[str, Any] = {"states": None, "frames": "", "maps": {}, "lost": {}}
+"""What caches of logits alone were written without."""
+
 WORDS = {
     "teacher": "the teacher",
     "revision": "the revision of the teacher",
@@ -29,6 +33,7 @@ WORDS = {
     "tokenizer": "the tokenizer",
     "template": "the chat template",
     "keep": "what is kept",
+    "states": "the kept hidden states",
     "vocabulary": "the number of tokens",
     "shift": "causal or masked models",
     "data": "the data",
@@ -74,6 +79,11 @@ class Manifest:
         shift: Whether a position predicts the next token.
         vocabulary: Tokens of the targets.
         head: Scale and soft cap of the teacher's head, where hidden states are kept.
+        states: Which hidden states of layers are kept besides (`Layers`); None: none.
+        frames: SHA-256 of what they are measured from.
+        maps: Layer maps that the data decided, by the names of their objectives: the strategy, as a
+            recipe writes it, and the map.
+        lost: What the kept states lost, by layer: the mean over tokens, and the worst token.
         data: Examples, rows, longest example and a fingerprint of all keys of each split.
         shards: The files, by their numbers.
         index: SHA-256 of the index.
@@ -95,6 +105,10 @@ class Manifest:
     data: Mapping[str, Mapping[str, Any]]
     temperature: float = 1.0
     head: Mapping[str, Any] | None = None
+    states: Mapping[str, Any] | None = None
+    frames: str = ""
+    maps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    lost: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     shards: tuple[Shard, ...] = ()
     index: str = ""
     fidelity: Mapping[str, float] = field(default_factory=dict)
@@ -105,6 +119,16 @@ class Manifest:
     def estimator(self) -> Estimator:
         """What is kept."""
         return estimators.read(self.keep)
+
+    @property
+    def layers(self) -> Layers | None:
+        """The hidden states of layers that are kept; None: none."""
+        return None if self.states is None else Layers.read(self.states)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of its shards."""
+        return self.estimator.columns + (() if self.layers is None else self.layers.columns)
 
     @property
     def rows(self) -> int:
@@ -120,9 +144,10 @@ class Manifest:
         """One line for people."""
         size = self.bytes / max(self.rows, 1)
         examples = sum(shard.examples for shard in self.shards)
+        layers = "" if self.layers is None else f", {self.layers}"
         return (
-            f"{self.teacher}, {self.estimator}: {examples:,} examples, {self.rows:,} supervised "
-            f"tokens, {size:.1f} bytes each"
+            f"{self.teacher}, {self.estimator}{layers}: {examples:,} examples, {self.rows:,} "
+            f"supervised tokens, {size:,.1f} bytes each"
         )
 
     def differences(self, other: Manifest) -> list[str]:
@@ -137,7 +162,7 @@ class Manifest:
 
     def begun(self) -> Manifest:
         """Without what shards add."""
-        return replace(self, shards=(), index="", fidelity={})
+        return replace(self, shards=(), index="", fidelity={}, lost={})
 
     def write(self, path: Path) -> None:
         """Into a file that is whole or not there."""
@@ -162,6 +187,7 @@ class Manifest:
                     f"{path}: format {content['format']}, and this version reads {FORMAT}; write "
                     "the cache anew, or install the version that wrote it"
                 )
+            content = ADDED | content
             known = {name: content[name] for name in (f.name for f in fields(cls))}
             shards = tuple(Shard(**shard) for shard in content["shards"])
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 GROUP_ROWS = 1024
 """Supervised rows of a row group, from which the next one begins."""
 
+GROUP_BYTES = 8 << 20
+"""The same in bytes, before they are compressed: a single example is read with its group."""
+
 LEVEL = 3
 """Of zstd. More saves no percent."""
 
@@ -56,7 +59,7 @@ class ShardWriter:
         schema = pa.schema([*fixed, *((name, pa.binary()) for name in self.columns)])
         self._schema = schema.with_metadata(dict(self.about))
         self._held: list[tuple[bytes, Encoded]] = []
-        self._groups = self._waiting = 0
+        self._groups = self._waiting = self._size = 0
         self._writer = pq.ParquetWriter(
             self.path,
             self._schema,
@@ -74,7 +77,8 @@ class ShardWriter:
         self._held.append((key, found))
         self.rows += found.rows
         self._waiting += found.rows
-        if self._waiting >= GROUP_ROWS:
+        self._size += sum(part.nbytes for part in found.columns.values())
+        if self._waiting >= GROUP_ROWS or self._size >= GROUP_BYTES:
             self._flush()
 
     def __exit__(
@@ -99,7 +103,7 @@ class ShardWriter:
         for name in self.columns:
             table[name] = pa.array([part.columns[name].tobytes() for part in found], pa.binary())
         self._writer.write_table(pa.table(table, schema=self._schema))
-        self._held, self._waiting = [], 0
+        self._held, self._waiting, self._size = [], 0, 0
         self._groups += 1
 
 

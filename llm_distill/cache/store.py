@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 
-from llm_distill.cache import fingerprints, manifest
+from llm_distill.cache import fingerprints, frames, manifest
 from llm_distill.cache.index import FILE as INDEX
 from llm_distill.cache.index import Index, Place
 from llm_distill.cache.shards import Group, ShardReader
@@ -42,22 +42,29 @@ class Store:
     Attributes:
         folder: Where it is.
         manifest: What it holds.
+        columns: What is read of each example.
     """
 
     folder: Path
     manifest: manifest.Manifest
+    columns: tuple[str, ...]
     _seen: set[str] = field(default_factory=set, repr=False)
     _groups: OrderedDict[tuple[int, int], Group] = field(default_factory=OrderedDict, repr=False)
     _files: OrderedDict[int, ShardReader] = field(default_factory=OrderedDict, repr=False)
 
     @classmethod
-    def open(cls, folder: Path) -> Store:
+    def open(cls, folder: Path, columns: Sequence[str] | None = None) -> Store:
         """Read the manifest.
+
+        Args:
+            folder: Of the cache.
+            columns: What is to be read of each example; None: everything.
 
         Raises:
             InputError: If there is none.
         """
-        return cls(folder, manifest.find(folder))
+        there = manifest.find(folder)
+        return cls(folder, there, there.columns if columns is None else tuple(columns))
 
     @property
     def verified(self) -> bool:
@@ -95,10 +102,7 @@ class Store:
                     self.folder / shard.file, lambda n: bar.advance(task, n)
                 )
                 _check_digest(self.folder / shard.file, found, shard.sha256)
-        if not (self.folder / INDEX).is_file():
-            raise InputError(f"{self.folder / INDEX} is missing; copy the cache anew")
-        found = fingerprints.of_file(self.folder / INDEX)
-        _check_digest(self.folder / INDEX, found, self.manifest.index)
+        _check_file(self.folder / INDEX, self.manifest.index)
         self._seen.add(INDEX)
 
     def head(self) -> Head | None:
@@ -110,11 +114,7 @@ class Store:
         told = self.manifest.head
         if told is None:
             return None
-        if not (self.folder / HEAD).is_file():
-            raise InputError(f"{self.folder / HEAD} is missing; copy the cache anew")
-        _check_digest(
-            self.folder / HEAD, fingerprints.of_file(self.folder / HEAD), str(told["sha256"])
-        )
+        _check_file(self.folder / HEAD, str(told["sha256"]))
         tensors = load_file(self.folder / HEAD)
         return Head(
             tensors["weight"],
@@ -122,6 +122,17 @@ class Store:
             scale=float(told["scale"]),
             softcap=told["softcap"],
         )
+
+    def frames(self) -> dict[int, frames.Frame]:
+        """What the kept hidden states are measured from, by layer; none where none are kept.
+
+        Raises:
+            InputError: If they are not as they were written.
+        """
+        if self.manifest.layers is None:
+            return {}
+        _check_file(self.folder / frames.FILE, self.manifest.frames)
+        return frames.load(self.folder)
 
     def fetch(self, keys: Sequence[bytes]) -> list[Encoded]:
         """The targets of examples.
@@ -158,7 +169,7 @@ class Store:
         """An open shard."""
         if number not in self._files:
             path = self.folder / self.manifest.shards[number].file
-            self._files[number] = ShardReader.open(path, self.manifest.estimator.columns)
+            self._files[number] = ShardReader.open(path, self.columns)
             while len(self._files) > MOST_FILES:
                 self._files.popitem(last=False)
         self._files.move_to_end(number)
@@ -185,6 +196,13 @@ def _check_size(path: Path, expected: int) -> None:
         raise InputError(
             f"{path} has {found:,} bytes and was written with {expected:,}; copy it anew"
         )
+
+
+def _check_file(path: Path, expected: str) -> None:
+    """Refuse a small file that is missing, or has other content."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing; copy the cache anew")
+    _check_digest(path, fingerprints.of_file(path), expected)
 
 
 def _check_digest(path: Path, found: str, expected: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from hashlib import blake2b
 from pathlib import Path
@@ -14,17 +14,24 @@ import torch
 from torch.utils.data import IterableDataset as TorchStream
 from transformers import TrainingArguments
 
-from llm_distill import recall
+from llm_distill import binding, hints, recall
+from llm_distill.cache import frames
+from llm_distill.cache.layers import Layers
 from llm_distill.errors import InputError
 from llm_distill.preparation import Run, readable
 from llm_distill.teachers import Cached
 
 if TYPE_CHECKING:
     from llm_distill.cache.estimator import Estimator
+    from llm_distill.cache.frames import Frame
+    from llm_distill.objectives import Objective
     from llm_distill.recall import Named
 
 SHARD_BYTES = 64 << 20
 """Of a shard, about: what a killed run loses at most, for each rank."""
+
+SHARD_ROWS = 1024
+"""Supervised rows of a shard at least, where no hidden states are kept."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +63,25 @@ class Capture:
         cached: Where to, and what is kept.
         args: Batch size, device, rank.
         shard_rows: Supervised rows of a shard; None: as many as make it some 64 MiB.
+        maps: Layer maps that were decided, as the manifest has them.
     """
 
     run: Run
     cached: Cached
     args: TrainingArguments
     shard_rows: int | None = None
+    maps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def on_maps(
+        self, objectives: Sequence[Objective], maps: Mapping[str, Mapping[str, Any]]
+    ) -> Capture:
+        """The same, its objectives on decided maps."""
+        specs = self.run.student, self.run.teacher.spec
+        terms = binding.bind(objectives, *specs, seed=self.args.seed)
+        run = replace(self.run, objectives=tuple(objectives), terms=terms)
+        made = replace(self, run=run, maps=maps)
+        vars(made)["named"] = self.named  # the data are the same, and were read once
+        return made
 
     @property
     def folder(self) -> Path:
@@ -72,6 +92,27 @@ class Capture:
     def estimator(self) -> Estimator:
         """What is kept."""
         return self.cached.estimator
+
+    @cached_property
+    def layers(self) -> Layers | None:
+        """The hidden states of layers that are kept; None: none."""
+        run, features = self.run, self.run.teacher.spec.width
+        if not self.cached.states:
+            return None
+        asked = hints.layers_of(run.objectives, run.terms, (run.student, run.teacher.spec))
+        width = self.cached.states_width or features
+        return Layers(tuple(sorted(asked)), hints.rows_of(run.terms), features, width)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of a shard."""
+        return self.estimator.columns + (() if self.layers is None else self.layers.columns)
+
+    @cached_property
+    def frames(self) -> dict[int, Frame]:
+        """What the states are measured from, as it lies in the folder."""
+        found = {} if self.layers is None else frames.load(self.folder)
+        return {layer: frame.to(self.args.device) for layer, frame in found.items()}
 
     @property
     def vocabulary(self) -> int:
@@ -121,24 +162,41 @@ class Capture:
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         return self.estimator.row_bytes(self.run.teacher.spec.width, dtype.itemsize)
 
+    def tokens(self, name: str) -> Sequence[int]:
+        """Tokens of each example of a split whose states are kept."""
+        split = self.named[name]
+        if self.layers is None:
+            return [0] * len(split.rows)
+        return split.lengths if self.layers.rows == "valid" else split.rows
+
+    def bytes(self, part: Part) -> float:
+        """Bytes of a shard, about."""
+        tokens = self.tokens(part.split)
+        each = 0.0 if self.layers is None else self.layers.token_bytes
+        return self.row_bytes * self.rows(part) + each * sum(tokens[k] for k in part.places)
+
     @cached_property
     def parts(self) -> list[Part]:
-        """All shards: each example with something supervised once, in the order of the data."""
-        most = self.shard_rows or max(1024, int(SHARD_BYTES / self.row_bytes))
+        """All shards: each example with something to keep once, in the order of the data."""
+        # States of all tokens may be many for few supervised ones, and a shard is held in memory.
+        least = self.shard_rows or (SHARD_ROWS if self.layers is None else 0)
+        full = 0 if self.shard_rows else SHARD_BYTES
+        each = 0.0 if self.layers is None else self.layers.token_bytes
         seen: set[bytes] = set()
         made: list[Part] = []
         for name, split in self.named.items():
             places: list[int] = []
-            rows = 0
-            for place, (key, count) in enumerate(zip(split.keys, split.rows, strict=True)):
-                if count == 0 or key in seen:
+            rows, size = 0, 0.0
+            counts = zip(split.keys, split.rows, self.tokens(name), strict=True)
+            for place, (key, count, tokens) in enumerate(counts):
+                if not (count or tokens) or key in seen:
                     continue
                 seen.add(key)
                 places.append(place)
-                rows += count
-                if rows >= most:
+                rows, size = rows + count, size + count * self.row_bytes + tokens * each
+                if rows >= least and size >= full:
                     made.append(Part(name, len(made), places))
-                    places, rows = [], 0
+                    places, rows, size = [], 0, 0.0
             if places:
                 made.append(Part(name, len(made), places))
         return made

@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llm_distill import loading
-from llm_distill.cache import estimators, fingerprints
+from llm_distill import hints, loading
+from llm_distill.cache import estimators, fingerprints, frames
 from llm_distill.cache.encoded import Fidelity
 from llm_distill.cache.index import FILE as INDEX
 from llm_distill.cache.index import Index, Place
+from llm_distill.cache.layers import Lost
 from llm_distill.cache.manifest import FILE, UNFINISHED, Manifest, Shard
 from llm_distill.cache.shards import ShardReader
 from llm_distill.cache.store import HEAD, TEACHER, save_head
 from llm_distill.caching.asking import write_shard
+from llm_distill.caching.deciding import decided
+from llm_distill.caching.framing import framed
 from llm_distill.capture import plain
 from llm_distill.errors import InputError
 from llm_distill.lm_head import head_of
@@ -28,6 +31,8 @@ from llm_distill.publishing import versions
 from llm_distill.signals import Request
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from llm_distill.caching.plan import Capture
     from llm_distill.signals import Head
     from llm_distill.teachers import Source
@@ -51,6 +56,8 @@ def write_cache(capture: Capture, *, overwrite: bool = False) -> Manifest:
             cache.
     """
     capture.estimator.check(capture.vocabulary)
+    run = capture.run
+    hints.check_asked(capture.cached, run.objectives, run.terms, run.teacher.spec)
     if capture.run.tokenizers.theirs is not None:
         raise InputError(
             f"{capture.run.tokenizers.difference}; a cache is read token by token, which needs one "
@@ -58,9 +65,15 @@ def write_cache(capture: Capture, *, overwrite: bool = False) -> Manifest:
         )
     if not (capture.folder / FILE).is_file():
         check_disk(capture)
-    source = capture.run.teacher.open(Request(logits=True), capture.args.device)
+    wanted = capture.run.opening_request.hidden if capture.cached.states else frozenset[int]()
+    source = capture.run.teacher.open(Request(logits=True, hidden=wanted), capture.args.device)
     try:
         _refuse_sharded(source)
+        capture = decided(capture, source, anew=overwrite)
+        if not (capture.folder / FILE).is_file():
+            check_disk(capture)  # again, now that the layers are known
+        layers = () if capture.layers is None else capture.layers.layers
+        source.ask(Request(logits=True, hidden=frozenset(layers)))
         begun = _begun(capture, source)
         there = _there(capture, begun, overwrite=overwrite)
         if there is not None and (capture.folder / FILE).is_file():
@@ -86,7 +99,7 @@ def check_disk(capture: Capture) -> None:
         InputError: With both numbers.
     """
     left = [part for part in capture.parts if not capture.is_whole(part)]
-    needed = SPARE * sum(capture.rows(part) for part in left) * capture.row_bytes
+    needed = SPARE * sum(capture.bytes(part) for part in left)
     if capture.estimator.example() is None:
         needed += capture.vocabulary * capture.row_bytes  # the head, as wide as a row
     there = capture.folder.absolute()
@@ -94,9 +107,10 @@ def check_disk(capture: Capture) -> None:
         there = there.parent
     free = shutil.disk_usage(there).free
     if needed > free:
+        less = "keep: {topk: {k: 16}}" + (", states_width: 256" if capture.layers else "")
         raise InputError(
             f"the cache would take about {_size(needed)}, and the disk of {there} has "
-            f"{_size(free)} left; write another path, or keep less: keep: {{topk: {{k: 16}}}}"
+            f"{_size(free)} left; write another path, or keep less: {less}"
         )
 
 
@@ -134,6 +148,8 @@ def _begun(capture: Capture, source: Source) -> Manifest:
         tokenizer="" if tokenizer is None else fingerprints.of_tokenizer(tokenizer),
         template="" if tokenizer is None else fingerprints.of_template(tokenizer),
         keep=estimators.written(capture.estimator),
+        states=None if capture.layers is None else capture.layers.written(),
+        maps=capture.maps,
         shift=run.shift,
         vocabulary=capture.vocabulary,
         data=capture.data(),
@@ -179,6 +195,9 @@ def _prepare_folder(capture: Capture, begun: Manifest, source: Source) -> None:
         tokenizer.save_pretrained(folder / TEACHER)
     if head is not None:
         begun = replace(begun, head=save_head(folder, head))
+    if capture.layers is not None:
+        frames.save(framed(capture, source), folder)
+        begun = replace(begun, frames=fingerprints.of_file(folder / frames.FILE))
     begun.write(folder / UNFINISHED)
 
 
@@ -200,7 +219,7 @@ def _head_to_keep(source: Source) -> Head:
 def _clear(capture: Capture) -> None:
     """Delete an earlier cache, and nothing else."""
     folder = capture.folder
-    for name in (FILE, UNFINISHED, INDEX, HEAD):
+    for name in (FILE, UNFINISHED, INDEX, HEAD, frames.FILE):
         (folder / name).unlink(missing_ok=True)
     for pattern in ("train-*.parquet*", "eval-*.parquet*", "*.part"):
         for file in folder.glob(pattern):
@@ -224,18 +243,20 @@ def _write_shards(capture: Capture, source: Source) -> None:
     )
     with bar:
         total = sum(capture.rows(part) for part in left)
-        task = bar.add_task("", total=total, told=f"some {capture.row_bytes:.0f} bytes each")
+        each = sum(capture.bytes(part) for part in left) / max(total, 1)
+        task = bar.add_task("", total=total, told=f"some {each:,.0f} bytes each")
         rows = size = 0
         for part in left:
             shard = write_shard(capture, part, source, lambda n: bar.advance(task, n))
             rows, size = rows + shard.rows, size + shard.bytes
             speed = bar.tasks[0].speed or 0.0
-            bar.update(task, told=f"{speed:,.0f} a second, {size / rows:.1f} bytes each")
+            told = f"{speed:,.0f} a second, {size / max(rows, 1):,.1f} bytes each"
+            bar.update(task, told=told)
 
 
 def _finish(capture: Capture) -> None:
     """Index and manifest, which is the last to be written; the notes go."""
-    folder, estimator = capture.folder, capture.estimator
+    folder = capture.folder
     begun = Manifest.read(folder / UNFINISHED)
     notes = [json.loads(capture.note(p).read_text(encoding="utf-8")) for p in capture.parts]
     shards = tuple(Shard(**note["shard"]) for note in notes)
@@ -243,17 +264,26 @@ def _finish(capture: Capture) -> None:
     keys: list[bytes] = []
     places: list[Place] = []
     for number, shard in enumerate(shards):
-        reader = ShardReader.open(folder / shard.file, estimator.columns)
+        reader = ShardReader.open(folder / shard.file, ())
         for group, found in enumerate(reader.keys_by_group()):
             keys += found
             places += (Place(number, group, row) for row in range(len(found)))
     Index.of(keys, places).write(folder)
     index = fingerprints.of_file(folder / INDEX)
     finished = replace(begun, shards=shards, index=index, fidelity=fidelity.means())
-    finished.write(folder / FILE)
+    replace(finished, lost=_lost(notes)).write(folder / FILE)
     for part in capture.parts:
         capture.note(part).unlink()
     (folder / UNFINISHED).unlink()
+
+
+def _lost(notes: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """What the kept states lost, by layer, over all shards."""
+    total: dict[str, Lost] = {}
+    for note in notes:
+        for layer, lost in note.get("lost", {}).items():
+            total[layer] = total.get(layer, Lost()) + Lost(**lost)
+    return {k: {"mean": lost.mean, "worst": lost.worst} for k, lost in total.items()}
 
 
 def _size(count: float) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from llm_distill import recall
+from llm_distill import hints, mapping, recall
 from llm_distill.caching import Capture, write_cache
 from llm_distill.cli.plan import plan
 from llm_distill.cli.reading import open_screen, read_data, trainer_inputs
 from llm_distill.errors import InputError
+from llm_distill.layers import LayerEvidence
 from llm_distill.preparation import prepare_run
 from llm_distill.teachers import Cached, Local
 
@@ -46,9 +47,10 @@ def cache(recipe: Recipe, *, overwrite: bool = False) -> Manifest:
     args = recipe.arguments()
     screen = open_screen(args)
     planned = plan(asked, args)
-    recall.check_objectives(
-        cached.estimator, planned.objectives, planned.terms, planned.student, planned.teacher
-    )
+    held = range(planned.teacher.depth + 1) if cached.states else ()
+    specs = planned.student, planned.teacher
+    recall.check_objectives(cached.estimator, planned.objectives, planned.terms, *specs, held)
+    hints.check_asked(cached, planned.objectives, planned.terms, planned.teacher)
     prepared = read_data(asked, args, planned, screen)
     try:
         run = prepare_run(
@@ -59,7 +61,10 @@ def cache(recipe: Recipe, *, overwrite: bool = False) -> Manifest:
             trainer_inputs(planned, prepared),
             adapter=asked.adapter(causal=planned.causal),
         )
-        written = write_cache(Capture(run, cached, args), overwrite=overwrite)
+        capture = Capture(run, cached, args)
+        for line in expected(capture):
+            screen.say(line)
+        written = write_cache(capture, overwrite=overwrite)
     except InputError:
         raise
     except ValueError as error:
@@ -67,15 +72,36 @@ def cache(recipe: Recipe, *, overwrite: bool = False) -> Manifest:
     args.distributed_state.wait_for_everyone()
     args.distributed_state.destroy_process_group()
     screen.say(f"Cache: {written}")
+    for name, told in written.maps.items():
+        screen.layer_map(name, hints.read_map(told["map"]), LayerEvidence())
     screen.figures(figures(written), title="what was written")
     screen.say(f"It is in {cached.path}; llm-distill run with the same recipe trains from it")
     return written
 
 
+def expected(capture: Capture) -> tuple[str, ...]:
+    """What a cache with hidden states will take, which is much: nothing of others."""
+    layers = capture.layers
+    if layers is None:
+        return ()
+    total = sum(capture.bytes(part) for part in capture.parts)
+    rows = sum(capture.rows(part) for part in capture.parts)
+    waits = " (how many, the map decides)" if mapping.undecided(capture.run.objectives) else ""
+    return (
+        f"Keeping {capture.estimator}, some {capture.row_bytes:,.0f} bytes a supervised token, and "
+        f"{layers}{waits}, {layers.token_bytes:,.0f} bytes a token: about {total / 1e6:,.1f} MB "
+        f"for {rows:,} supervised tokens",
+    )
+
+
 def figures(written: Manifest) -> dict[str, float]:
     """What the table tells of a cache."""
     told = written.fidelity
-    return {
+    lost = {
+        f"lost of hidden state {layer}, of its distance from the median": each["mean"]
+        for layer, each in written.lost.items()
+    }
+    return lost | {
         "bytes per supervised token": written.bytes / max(written.rows, 1),
         "KL of what is read to what is kept, nats per token": told["kl"],
         "KL of what is read to what is kept, the largest": told["worst"],

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from llm_distill import binding, recall
+from llm_distill import binding, hints
 from llm_distill.arguments import check_arguments, check_batches, check_under_deepspeed
 from llm_distill.balance import Balance
 from llm_distill.balance.base import settle
@@ -68,9 +68,9 @@ def plan(recipe: Recipe, args: TrainingArguments) -> Plan:
     master = teacher_for(recipe.student, recipe.teacher, adapted=recipe.peft is not None)
     student = student_spec(recipe.student, master.config)
     teacher = master.spec
-    objectives = binding.ready(recipe.objectives, student, teacher)
+    objectives = hints.ready(recipe.objectives, student, master)
     terms = binding.bind(objectives, student, teacher, seed=args.seed)
-    recall.check(recipe.teacher, objectives, terms, student)
+    hints.check(recipe.teacher, objectives, terms, student)
     binding.check_itself(master, objectives, terms)
     settings_of(objectives)  # those of a race are refused
     check_batches(terms, args)

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_distill import loading
 from llm_distill.cache import estimators
-from llm_distill.cache.estimator import Estimator, distribution
-from llm_distill.cache.lookup import Lookup
+from llm_distill.cache.estimator import Estimator
 from llm_distill.cache.store import TEACHER, Store
 from llm_distill.errors import InputError
-from llm_distill.signals import ModelSpec, Request, Signals
+from llm_distill.signals import ModelSpec, Request
+from llm_distill.teachers.cached_source import CachedSource, refuse_signals
 from llm_distill.teachers.local import Local
-from llm_distill.teachers.local_source import moved
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
     from llm_distill.cache.manifest import Manifest
-    from llm_distill.rows import Batch
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,13 @@ class Cached:
             not load it; where it is given, the cache has to be of a teacher of that name.
         keep: What is kept (`llm_distill.cache.estimators`): `topk`, `sampled`, `hybrid`, `hidden`;
             `topk` by default. Where a training gives it, the cache has to hold that.
+        states: Whether the hidden states are kept as well that the recipe's objectives ask for
+            (`HiddenStates`, `Contrastive`), in 8 bit: of the supervised tokens, or of all where one
+            asks for `valid` rows. They are a hundred times larger than `topk`, and more.
+        states_width: Directions of each layer that are kept, those of the largest variance; None:
+            all. A student learns a state of the teacher's whole width, in which everything outside
+            these directions stands at its median: distances between states, which relational losses
+            compare, are those within the kept directions.
         verify: Whether a training first compares every file with its SHA-256. The checksums of the
             pages are verified in any case, as they are read.
     """
@@ -44,6 +49,8 @@ class Cached:
     path: str
     of: str | Local | None = None
     keep: Callable[[], Estimator] | None = None
+    states: bool = False
+    states_width: int | None = None
     verify: bool = True
 
     def __post_init__(self) -> None:
@@ -51,6 +58,12 @@ class Cached:
         object.__setattr__(self, "path", str(Path(self.path).expanduser()))
         if self.of is not None and not isinstance(self.of, Local):
             object.__setattr__(self, "of", Local(self.of))
+        width = self.states_width
+        if width is not None and not (self.states and type(width) is int and width >= 1):
+            raise InputError(
+                f"Cached: states_width is {width!r}, and states {self.states}; write states: true, "
+                "and a number of directions from 1 on, such as 256"
+            )
 
     @property
     def estimator(self) -> Estimator:
@@ -95,7 +108,7 @@ class Cached:
         """
         del device
         try:
-            refuse_layers(request, f"the cache {self.path}", self.store.manifest.estimator)
+            refuse_signals(request, f"the cache {self.path}", self.store.manifest)
         except ValueError as error:
             raise InputError(str(error)) from error
 
@@ -103,9 +116,9 @@ class Cached:
         """Start reading.
 
         Raises:
-            ValueError: For anything but logits, naming the signal and the layer.
+            ValueError: For what it does not hold, naming the signal and the layer.
         """
-        refuse_layers(request, f"the cache {self.path}", self.store.manifest.estimator)
+        refuse_signals(request, f"the cache {self.path}", self.store.manifest)
         self.check_files()
         return CachedSource(self.store, request, device)
 
@@ -138,6 +151,24 @@ class Cached:
             raise self._other_estimator(manifest)
         if self.keep is not None and vars(self.estimator) != vars(manifest.estimator):
             raise self._other_estimator(manifest)
+        self._refuse_other_states(manifest)
+
+    def _refuse_other_states(self, manifest: Manifest) -> None:
+        """Refuse a cache without the hidden states that the recipe says it has."""
+        kept = manifest.layers
+        if self.states and kept is None:
+            raise InputError(
+                f"the cache {self.path} keeps {manifest.estimator} and no hidden states of layers, "
+                "and the recipe says states: true; leave it out, or write another path and run "
+                "llm-distill cache"
+            )
+        width = self.states_width
+        if kept is not None and width not in (None, kept.width):
+            raise InputError(
+                f"the cache {self.path} keeps {kept.width:,} numbers of a hidden state, and the "
+                f"recipe says states_width: {width}; leave it out, or write another path and run "
+                "llm-distill cache"
+            )
 
     def _other_estimator(self, manifest: Manifest) -> InputError:
         """What is kept is not what was asked for."""
@@ -150,77 +181,3 @@ class Cached:
 def _is_commit(revision: str | None) -> bool:
     """Whether a revision names one commit, rather than a branch that moves."""
     return revision is not None and len(revision) == 40
-
-
-class CachedSource:
-    """A cache at work.
-
-    Args:
-        store: The cache.
-        request: What is asked for: logits, or nothing.
-        device: Where the signals are wanted.
-    """
-
-    model: PreTrainedModel | None = None
-    told: tuple[str, ...] = ()
-
-    def __init__(self, store: Store, request: Request, device: torch.device) -> None:
-        self.device = device
-        self._lookup: Lookup | None = Lookup(str(store.folder))
-        self._name = f"cache of {store.manifest.teacher}"
-        self._estimator = store.manifest.estimator
-        head = store.head()
-        if head is not None:  # once, not with every batch
-            bias = None if head.bias is None else head.bias.to(device)
-            head = replace(head, weight=head.weight.to(device), bias=bias)
-        self._head = head
-        self.ask(request)
-
-    def __call__(self, batch: Batch) -> Signals:
-        """What was written down of a batch."""
-        if self._lookup is None:
-            raise RuntimeError("this teacher was closed; open it again")
-        if not self._request.logits:
-            return Signals(self._name)
-        told = batch.told
-        if told is None:  # it was not read where the batch was collated
-            if batch.examples is None:
-                raise LookupError(
-                    "this batch was collated without the keys of its examples, by which a cache "
-                    "finds them; make it with RowCollator(named=True)"
-                )
-            told = self._lookup(batch.examples)
-        return moved(Signals(self._name, distribution(told, self._head)), self.device)
-
-    def prepare(self, batches: Sequence[Batch]) -> None:
-        """Nothing to do: what was written is read where batches are collated."""
-
-    def ask(self, request: Request) -> None:
-        """From now on give these signals only."""
-        refuse_layers(request, self._name, self._estimator)
-        self._request = request
-
-    def close(self) -> None:
-        """Let the files go; twice is once."""
-        self._lookup = self._head = None
-
-
-def refuse_layers(request: Request, owner: str, estimator: Estimator) -> None:
-    """Refuse what no cache holds.
-
-    Args:
-        request: What is asked for.
-        owner: Of the cache or the objective, for the message.
-        estimator: What is kept.
-
-    Raises:
-        ValueError: Naming the signal and the layers.
-    """
-    wanted = {"hidden states": request.hidden, "the attention of blocks": request.heads}
-    for what, layers in wanted.items():
-        if layers:
-            raise ValueError(
-                f"{owner}: a cache (Cached) holds the teacher's logits, here as {estimator}, and "
-                f"{what} {', '.join(map(str, sorted(layers)))} are asked for; keep to CrossEntropy "
-                "and Logits, or write teacher: {Local: …}"
-            )

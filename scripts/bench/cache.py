@@ -94,13 +94,15 @@ def execute(options: argparse.Namespace, argv: Sequence[str]) -> int:
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
     from rich.console import Console
 
+    from scripts.bench import states
     from scripts.bench.machine import Machine
     from scripts.bench.settings import HeadSettings
     from scripts.bench.table import facts
 
     told = Console(stderr=True, highlight=False)
     machine = Machine.here(HeadSettings(), argv)
-    lines = measure(options, lambda text: told.print(text, style="dim"))
+    tell = partial(told.print, style="dim")
+    lines = measure(options, tell)
     dense = 2.0 * options.vocab
     rows = [line.cells() for line in lines]
     rows += [tuple(cell.format(dense=dense) for cell in row) for row in ELSEWHERE]
@@ -108,9 +110,16 @@ def execute(options: argparse.Namespace, argv: Sequence[str]) -> int:
         f"cache: {options.vocab:,} tokens, {options.examples * options.repeats} examples of "
         f"{options.length:,} rows, hidden states of {options.width:,}"
     )
-    _show(title, rows, (*ABOUT, *facts(machine)))
-    if options.markdown is not None:
-        _append(options.markdown, title, rows, [*ABOUT, *facts(machine)], machine.command)
+    layers = f"cache: hidden states of a layer of {options.width:,} features"
+    tables = (
+        (title, HEADS, rows, ABOUT),
+        (layers, states.HEADS, states.measure(options, tell), states.ABOUT),
+    )
+    for name, heads, cells, about in tables:
+        _show(name, heads, cells, (*about, *facts(machine)))
+        if options.markdown is not None:
+            notes = [*about, *facts(machine)]
+            _append(options.markdown, (name, heads), cells, notes, machine.command)
     return 0
 
 
@@ -235,12 +244,14 @@ def line(
     return Line(str(kind), path.stat().st_size / writer.rows, told, (read, decoded, shuffled))
 
 
-def _show(title: str, rows: Sequence[tuple[str, ...]], about: Sequence[str]) -> None:
+def _show(
+    title: str, heads: Sequence[str], rows: Sequence[tuple[str, ...]], about: Sequence[str]
+) -> None:
     """For the terminal."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*HEADS, title=title, title_justify="left")
+    table = Table(*heads, title=title, title_justify="left")
     for cells in rows:
         table.add_row(*cells)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
@@ -249,17 +260,18 @@ def _show(title: str, rows: Sequence[tuple[str, ...]], about: Sequence[str]) -> 
 
 def _append(
     path: Path,
-    title: str,
+    head: tuple[str, Sequence[str]],
     rows: Sequence[tuple[str, ...]],
     about: Sequence[str],
     command: str,
 ) -> None:
-    """A section at the end of a file."""
+    """A section at the end of a file: its title, the heads of its columns, and what is below."""
+    title, heads = head
     lines = [
         f"## {title}",
         "",
-        f"| {' | '.join(HEADS)} |",
-        f"| --- |{' ---: |' * (len(HEADS) - 1)}",
+        f"| {' | '.join(heads)} |",
+        f"| --- |{' ---: |' * (len(heads) - 1)}",
         *(f"| {' | '.join(cells)} |" for cells in rows),
         "",
         *(f"- {text}" for text in about),

@@ -76,7 +76,7 @@ class TestKinds:
 def test_another_number_of_rows_than_the_index_says(paths: dict[str, str]) -> None:
     lookup = Lookup(paths["topk"])
     found = collator(paths["topk"])([ROWS[5]])["examples"]
-    wrong = Examples(found.keys, (found.rows[0] + 1,), (1,))
+    wrong = Examples(found.keys, (found.rows[0] + 1,), (1,), found.lengths)
     with pytest.raises(InputError, match="its index is of other shards"):
         lookup(wrong)
 

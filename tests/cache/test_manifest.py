@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from llm_distill.cache.estimators import sampled
+from llm_distill.cache.layers import Layers
 from llm_distill.cache.manifest import FILE, UNFINISHED, Manifest, Shard, find
 from llm_distill.errors import InputError
 
@@ -33,6 +34,28 @@ def test_there_and_back(tmp_path: Path) -> None:
     assert Manifest.read(tmp_path / FILE) == GIVEN
     assert find(tmp_path) == GIVEN
     assert [p.name for p in tmp_path.iterdir()] == [FILE]
+
+
+def test_one_that_was_written_before_there_were_states(tmp_path: Path) -> None:
+    GIVEN.write(tmp_path / FILE)
+    content = json.loads((tmp_path / FILE).read_text())
+    for name in ("states", "frames", "maps", "lost"):
+        del content[name]
+    (tmp_path / FILE).write_text(json.dumps(content))
+    read = Manifest.read(tmp_path / FILE)
+    assert read == GIVEN
+    assert read.layers is None
+    assert read.columns == GIVEN.estimator.columns
+
+
+def test_hidden_states() -> None:
+    kept = Layers((3, 7), "valid", 4096, 256)
+    made = replace(GIVEN, states=kept.written(), lost={"3": {"mean": 0.1, "worst": 0.2}})
+    assert made.layers == kept
+    assert made.columns == (*GIVEN.columns, *kept.columns)
+    assert "50 draws, hidden states 3, 7 of all tokens, 256 of 4,096 numbers" in str(made)
+    assert GIVEN.differences(made) == ["the kept hidden states"]
+    assert made.begun().lost == {}
 
 
 def test_what_it_tells() -> None:

@@ -56,6 +56,22 @@ def test_a_group_ends_with_the_example_that_fills_it(tmp_path: Path) -> None:
     assert writer.places == [(0, 0), (1, 0)]
 
 
+def test_a_group_ends_with_its_bytes_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_distill.cache.shards.GROUP_BYTES", 4 * 10 * 2)
+    with ShardWriter(tmp_path / "x", COLUMNS) as writer:
+        for k in range(5):
+            writer.add(KEYS[k], example(k, 10))
+    assert writer.places == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
+
+
+def test_some_columns_alone(shard: Path) -> None:
+    found = ShardReader.open(shard, ("b",)).read(1).examples[0]
+    assert list(found.columns) == ["b"]
+    assert (found.columns["b"] == 3).all()
+
+
 def test_datasets_opens_it(shard: Path, tmp_path: Path) -> None:
     loaded = datasets.load_dataset(
         "parquet", data_files=str(shard), split="train", cache_dir=str(tmp_path / "cache")

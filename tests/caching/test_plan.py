@@ -2,15 +2,21 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 
+from llm_distill import HiddenStates
 from llm_distill.cache.estimators import hidden
+from llm_distill.cache.layers import Layers
 from llm_distill.caching.plan import Capture, Part
+from llm_distill.data import Collator
 from llm_distill.errors import InputError
+from llm_distill.layers import explicit, uniform
 from tests import caches, tiny
 
 
@@ -36,6 +42,55 @@ def test_what_stands_twice_is_asked_once(tmp_path: Path) -> None:
     made = caches.capture(tmp_path, train_dataset=twice, eval_dataset=rows.select([5]))
     assert [place for part in made.parts for place in part.places] == list(range(6))
     assert made.data()["eval"]["examples"] == 1
+
+
+class TestHints:
+    HINT = HiddenStates(layers=partial(explicit, pairs=[[1, 2], [2, 4]]))
+
+    def test_which_states(self, tmp_path: Path) -> None:
+        assert caches.capture(tmp_path).layers is None
+        made = caches.capture(tmp_path, hints=[self.HINT])
+        assert made.layers == Layers((2, 4), "supervised", 64, 64)
+        every = caches.capture(tmp_path, hints=[replace(self.HINT, rows="valid")], width=9)
+        assert every.layers == Layers((2, 4), "valid", 64, 9)
+        assert made.columns == (*made.estimator.columns, *made.layers.columns)
+
+    def test_bytes(self, tmp_path: Path) -> None:
+        plain, made = caches.capture(tmp_path), caches.capture(tmp_path, hints=[self.HINT])
+        for one, other in zip(plain.parts, made.parts, strict=True):
+            assert one.places == other.places
+            rows = made.rows(other)
+            assert made.bytes(other) == plain.bytes(one) + rows * 2 * (64 + 2)
+
+    def test_examples_with_tokens_alone(self, tmp_path: Path) -> None:
+        """Nothing is supervised in one of 24; its states may be asked for all the same."""
+        every = replace(self.HINT, rows="valid")
+        own: dict[str, Any] = {"data_collator": Collator(pad_token_id=0)}
+        for hint, count in ((self.HINT, 23), (every, 24)):
+            made = caches.capture(tmp_path, hints=[hint], **own)
+            places = [k for part in made.parts if part.split == "train" for k in part.places]
+            assert len(places) == count
+            assert (3 in places) == (count == 24)
+
+    def test_shards_of_many_bytes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("llm_distill.caching.plan.SHARD_ROWS", 20)
+        made = caches.capture(tmp_path, hints=[self.HINT], shard_rows=None)
+        assert len(made.parts) == 2
+        monkeypatch.setattr("llm_distill.caching.plan.SHARD_BYTES", 4000)
+        made = caches.capture(tmp_path, hints=[self.HINT], shard_rows=None)
+        assert len(made.parts) > 4
+        train = [part for part in made.parts if part.split == "train"]
+        assert all(4000 <= made.bytes(part) < 12000 for part in train[:-1])
+
+    def test_on_maps_the_data_are_not_read_again(self, tmp_path: Path) -> None:
+        made = caches.capture(tmp_path, hints=[HiddenStates()])
+        first, second = made.run.objectives
+        decided = [first.with_map(uniform(2, 4)), second]  # type: ignore[attr-defined]  # Mapped
+        moved = made.on_maps(decided, {"HiddenStates": {}})
+        assert moved.named is made.named
+        assert moved.layers is not None
+        assert moved.layers.layers == (2, 4)
+        assert made.maps == {}
 
 
 def test_several_evaluation_sets(tmp_path: Path) -> None:

@@ -15,12 +15,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from llm_distill import AttentionMaps, HiddenStates
 from llm_distill.cache.estimators import hidden, sampled, topk
 from llm_distill.cache.manifest import FILE, UNFINISHED, Manifest
 from llm_distill.cache.store import Store
 from llm_distill.caching import write_cache, writing
 from llm_distill.caching.asking import write_shard
 from llm_distill.errors import InputError
+from llm_distill.layers import auto_race, last
 from tests import caches, launch, tiny
 
 WORKER = "tests.cache_worker"
@@ -103,6 +105,115 @@ def test_killed_for_good_and_resumed(whole: Path, tmp_path: Path) -> None:
     assert files(folder) == files(whole)
 
 
+@pytest.fixture(scope="module")
+def hinted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with hidden states."""
+    folder = tmp_path_factory.mktemp("hinted")
+    return Path(caches.written(folder, hints=[HiddenStates(rows="valid")]))
+
+
+class TestHints:
+    """Hidden states on a map that is decided when writing begins."""
+
+    def test_what_is_there(self, hinted: Path) -> None:
+        made = Manifest.read(hinted / FILE)
+        kept = made.layers
+        assert kept is not None
+        assert made.maps["HiddenStates"]["strategy"] == "auto"
+        rows = made.maps["HiddenStates"]["map"]["rows"]
+        assert set(kept.layers) == {layer for row in rows for layer, _ in row["teacher"]}
+        assert (kept.rows, kept.features, kept.width) == ("valid", 64, 64)
+        assert set(made.lost) == {str(layer) for layer in kept.layers}
+        for lost in made.lost.values():
+            assert 0 < lost["mean"] < 1e-4
+            assert lost["mean"] <= lost["worst"]
+        assert (hinted / "states.safetensors").exists()
+        tokens = sum(map(len, tiny.rows(32)["input_ids"]))
+        assert tokens > made.rows
+        loaded = datasets.Dataset.from_parquet(str(hinted / "train-00000.parquet"))
+        assert set(made.columns) <= set(loaded.column_names)
+
+    def test_killed_for_good_and_resumed(self, hinted: Path, tmp_path: Path) -> None:
+        """A new process takes the map and the frames of the one before."""
+        command = [sys.executable, "-m", WORKER, str(tmp_path), "2", "hints"]
+        done = subprocess.run(
+            command, cwd=launch.ROOT, capture_output=True, check=False, timeout=180
+        )
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+        folder = tmp_path / "cache"
+        begun = Manifest.read(folder / UNFINISHED)
+        assert begun.maps == Manifest.read(hinted / FILE).maps
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)  # figures of the first survey
+        frames = (folder / "states.safetensors").stat().st_mtime_ns
+        told = launch.launch(WORKER, str(tmp_path), "-1", "hints")
+        parts = len(Manifest.read(hinted / FILE).shards)
+        assert f"wrote shards {list(range(2, parts))}" in told
+        assert (folder / "states.safetensors").stat().st_mtime_ns == frames
+        assert not (tmp_path / "out" / "calibration.safetensors").exists()
+        assert files(folder) == files(hinted)
+
+    def test_two_processes_write_the_same(self, hinted: Path, tmp_path: Path) -> None:
+        launch.launch(WORKER, str(tmp_path), "-1", "hints", ranks=2)
+        assert files(tmp_path / "cache") == files(hinted)
+        one, two = (Manifest.read(f / FILE) for f in (hinted, tmp_path / "cache"))
+        assert (one.maps, one.frames, one.states) == (two.maps, two.frames, two.states)
+
+    def test_written_again_nothing_happens(
+        self, hinted: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("llm_distill.caching.writing.write_shard", None)
+        monkeypatch.setattr("llm_distill.surveying.survey", None)
+        made = caches.capture(hinted.parent, hints=[HiddenStates(rows="valid")])
+        assert write_cache(made) == Manifest.read(hinted / FILE)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"hints": []},
+            {"hints": [HiddenStates()]},
+            {"hints": [HiddenStates(layers=last, rows="valid")]},
+            {"hints": [HiddenStates(rows="valid")], "width": 8},
+        ],
+    )
+    def test_other_states_are_there(
+        self, hinted: Path, tmp_path: Path, changes: dict[str, Any]
+    ) -> None:
+        shutil.copytree(hinted, tmp_path / "cache")
+        with pytest.raises(InputError, match="that differs in the kept hidden states; write"):
+            write_cache(caches.capture(tmp_path, **changes))
+
+    def test_the_disk_has_room_for_states_too(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plain = caches.capture(tmp_path)
+        made = caches.capture(tmp_path, hints=[HiddenStates(rows="valid")])
+        sizes = [sum(each.bytes(part) for part in each.parts) for each in (plain, made)]
+        assert sizes[1] > 2 * sizes[0]
+        monkeypatch.setattr("shutil.disk_usage", replace_free(int(2 * sizes[0])))
+        writing.check_disk(plain)
+        with pytest.raises(InputError, match=r"or keep less: keep: .*, states_width: 256"):
+            writing.check_disk(made)
+
+    @pytest.mark.parametrize(
+        ("hint", "message"),
+        [
+            (HiddenStates(layers=auto_race), "auto_race trains copies of the student"),
+            (AttentionMaps(layers=last), "reads hidden states; leave it out"),
+        ],
+    )
+    def test_what_it_cannot_serve(
+        self, tmp_path: Path, hint: HiddenStates | AttentionMaps, message: str
+    ) -> None:
+        with pytest.raises(InputError, match=message):
+            write_cache(caches.capture(tmp_path, hints=[hint]))
+        assert not (tmp_path / "cache").exists()
+
+    def test_overwriting_leaves_nothing_of_it(self, hinted: Path, tmp_path: Path) -> None:
+        shutil.copytree(hinted, tmp_path / "cache")
+        write_cache(caches.capture(tmp_path), overwrite=True)
+        assert not (tmp_path / "cache" / "states.safetensors").exists()
+
+
 def test_two_processes_write_the_same(whole: Path, tmp_path: Path) -> None:
     told = launch.launch(WORKER, str(tmp_path), ranks=2)
     assert told.count("wrote shards") == 2
@@ -161,7 +272,7 @@ class TestRefused:
         assert not made.folder.exists()
 
     def test_a_sharded_teacher(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(writing, "DTensor", torch.nn.Parameter)  # as if
+        monkeypatch.setattr(writing, "in_pieces", lambda model: True)
         made = caches.capture(tmp_path)
         with pytest.raises(InputError, match=r"the teacher is sharded .* device_map: auto"):
             write_cache(made)

@@ -46,6 +46,31 @@ def test_cache_then_run_without_the_teacher(
     assert "teacher" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_hints_without_the_teacher(
+    cli: Cli, sections: dict[str, Any], teacher: Path, tmp_path: Path
+) -> None:
+    """A map that the data decide is decided when the cache is written."""
+    sections["teacher"]["Cached"] |= {"states": True, "states_width": 24}
+    sections["objectives"] = ["HiddenStates", {"Contrastive": {"rows": "valid"}}, "Logits"]
+    ended = cli("cache", **sections)
+    assert ended.code == 0, ended.err
+    assert "Keeping top 32 and the tail" in ended.out
+    assert "(how many, the map decides)" in ended.out
+    assert "of all tokens, 24 of" in ended.out
+    assert "HiddenStates: auto: coverage" in ended.out
+    assert "lost of hidden state" in ended.out
+    shutil.rmtree(teacher.parent)
+    (tmp_path / "out" / "calibration.safetensors").unlink()
+    for command in ("check", "run"):
+        ended = cli(command, **sections)
+        assert ended.code == 0, ended.err
+        assert "auto: coverage" in ended.out
+    assert not (tmp_path / "out" / "calibration.safetensors").exists()
+    ended = cli("check", **sections | {"objectives": [{"HiddenStates": {"layers": "transport"}}]})
+    assert ended.code == 2
+    assert "decided auto for it; run llm-distill cache on this recipe" in ended.err
+
+
 def test_only_the_path_is_needed_to_run(cli: Cli, sections: dict[str, Any], tmp_path: Path) -> None:
     assert cli("cache", **sections).code == 0
     assert cli("run", teacher={"Cached": {"path": str(tmp_path / "cache")}}).code == 0
@@ -102,6 +127,20 @@ def test_another_tokenizer_in_the_run(
         ({"teacher": "some/model"}, "teacher: Local is not cached; write teacher: {Cached: {path:"),
         ({"teacher": {"Cached": {"path": "x"}}}, "the cache x does not say of which teacher"),
         ({"objectives": ["HiddenStates"]}, "hidden states"),
+        ({"states": True}, "no objective (CrossEntropy, Logits) reads hidden states"),
+        (
+            {"states": True, "objectives": [{"HiddenStates": {"layers": "auto_race"}}]},
+            "auto_race trains copies of the student on the teacher",
+        ),
+        ({"states": True, "objectives": ["AttentionMaps"]}, "the attention of blocks"),
+        (
+            {"states": True, "states_width": 9999, "objectives": ["HiddenStates"]},
+            "states_width is 9999, and the states of",
+        ),
+        (
+            {"states_width": 8, "objectives": ["HiddenStates"]},
+            "states_width is 8, and states False",
+        ),
         (
             {"keep": "sampled", "objectives": [{"Logits": {"loss": "reverse_kl"}}]},
             "Logits: the cache keeps 50 draws",
@@ -113,9 +152,10 @@ def test_another_tokenizer_in_the_run(
 def test_what_cannot_be_cached(
     cli: Cli, sections: dict[str, Any], changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    given = {**sections, **{k: v for k, v in changes.items() if k != "keep"}}
-    if "keep" in changes:
-        given["teacher"] = {"Cached": {**sections["teacher"]["Cached"], "keep": changes["keep"]}}
+    own = {k: v for k, v in changes.items() if k in ("keep", "states", "states_width")}
+    given = {**sections, **{k: v for k, v in changes.items() if k not in own}}
+    if own:
+        given["teacher"] = {"Cached": {**sections["teacher"]["Cached"], **own}}
     ended = cli("cache", **given)
     assert ended.code == 2
     assert message in ended.err

@@ -21,6 +21,9 @@ def test_table_and_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert kind in shown
         assert kind in text
     assert "| dense logits, bf16 | 600 |" in text
+    for kind in ("a scale for a token", "ours, all features", "ours, 8 directions"):
+        assert kind in shown
+        assert f"| {kind} |" in text
     assert f"python -m scripts.bench {SMALL} --markdown" in text
 
 
