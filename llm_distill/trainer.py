@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, TrainingArguments
 
-from llm_distill import binding, race, refreshing, schedules
+from llm_distill import added_kl, binding, race, refreshing, schedules
 from llm_distill.arguments import check_engine
 from llm_distill.balance.base import settle
 from llm_distill.calibration import calibrate
@@ -97,8 +97,10 @@ class DistillTrainer(StepTrainer):
             student = cast(
                 "nn.Module", get_peft_model(cast("PreTrainedModel", student), peft_config)
             )
-        self._source = _opened(run, student, args.device)
-        run = replace(run, told=(*run.told, *self._source.told))
+        opens, compared = partial(_opened, run, student, args.device), run.opening_request.logits
+        self._source, added = added_kl.opened(opens, run, args, compared=compared)
+        self.quantised = tuple(map(str, added))
+        run = replace(run, told=(*run.told, *self._source.told, *self.quantised))
         make = partial(DistillTrainer, rows_per_chunk=chunk, balance=balance)
         asked, run = run, calibrate(run, student, self._source, args, make)
         self.run = run

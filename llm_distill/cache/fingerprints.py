@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SAMPLES = 1024
@@ -50,10 +52,20 @@ def of_weights(model: PreTrainedModel) -> str:
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
         if tensor.is_meta or isinstance(tensor, DTensor):
             continue  # not in memory, or not whole
-        flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // SAMPLES)
-        digest.update(flat[::step].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        for part in _parts(tensor.detach()):
+            flat = part.reshape(-1)
+            step = max(1, flat.numel() // SAMPLES)
+            digest.update(flat[::step].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor, or the plain ones that a quantised one is made of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
 
 
 def of_file(path: Path, tick: Callable[[int], object] = int) -> str:

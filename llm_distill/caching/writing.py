@@ -6,13 +6,14 @@ import copy
 import json
 import shutil
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.distributed.tensor import DTensor
 
-from llm_distill import loading
+from llm_distill import added_kl, loading
 from llm_distill.cache import estimators, fingerprints
 from llm_distill.cache.encoded import Fidelity
 from llm_distill.cache.index import FILE as INDEX
@@ -58,10 +59,12 @@ def write_cache(capture: Capture, *, overwrite: bool = False) -> Manifest:
         )
     if not (capture.folder / FILE).is_file():
         check_disk(capture)
-    source = capture.run.teacher.open(Request(logits=True), capture.args.device)
+    opens = partial(capture.run.teacher.open, Request(logits=True), capture.args.device)
+    done = (capture.folder / FILE).is_file()  # and nothing to measure
+    source, added = added_kl.opened(opens, capture.run, capture.args, compared=not done)
     try:
         _refuse_sharded(source)
-        begun = _begun(capture, source)
+        begun = replace(_begun(capture, source), fidelity=added_kl.figures(added))
         there = _there(capture, begun, overwrite=overwrite)
         if there is not None and (capture.folder / FILE).is_file():
             return there
@@ -130,6 +133,7 @@ def _begun(capture: Capture, source: Source) -> Manifest:
         revision=getattr(run.teacher.config, "_commit_hash", None),
         weights="" if model is None else fingerprints.of_weights(model),
         dtype="" if model is None else str(model.dtype).removeprefix("torch."),
+        quantised=getattr(run.teacher, "quantize", None),
         spec=asdict(replace(spec, name=name, vocabulary=capture.vocabulary, blocks=None)),
         tokenizer="" if tokenizer is None else fingerprints.of_tokenizer(tokenizer),
         template="" if tokenizer is None else fingerprints.of_template(tokenizer),
@@ -249,7 +253,8 @@ def _finish(capture: Capture) -> None:
             places += (Place(number, group, row) for row in range(len(found)))
     Index.of(keys, places).write(folder)
     index = fingerprints.of_file(folder / INDEX)
-    finished = replace(begun, shards=shards, index=index, fidelity=fidelity.means())
+    told = {**fidelity.means(), **begun.fidelity}
+    finished = replace(begun, shards=shards, index=index, fidelity=told)
     finished.write(folder / FILE)
     for part in capture.parts:
         capture.note(part).unlink()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_distill import loading
+from llm_distill import loading, quantising
 from llm_distill.capture import plain
 from llm_distill.errors import InputError
 from llm_distill.placement import (
@@ -20,10 +20,14 @@ from llm_distill.placement import (
     Shard,
     Spread,
     choose,
+    compare,
+    dtype_of,
     facts_of,
     launched,
     load_sharded,
+    skeleton,
 )
+from llm_distill.quantising import Quantize
 from llm_distill.signals import (
     ModelSpec,
     Request,
@@ -63,10 +67,16 @@ class Local:
             says of them is kept until they are trained on. It has no effect where a teacher takes
             turns on a device, or on an expert of `Routed`.
         attn_implementation: As in transformers.
+        quantize: Load a teacher in fewer bits, its head and embedding excepted:
+            `bitsandbytes_8bit`, `bitsandbytes_4bit`, `torchao_int8`, `torchao_int4`,
+            `torchao_float8`. It lies whole on each process.
+        measure_quantize: Whether the KL that this adds is measured before the training. That loads
+            the whole checkpoint once, as it would lie without `quantize`.
 
     Raises:
-        InputError: If the model is neither a name nor a transformers model, for an unknown dtype,
-            or for a loaded model, or one with a `device_map`, that shall lie in pieces.
+        InputError: If the model is neither a name nor a transformers model, for an unknown dtype
+            or way to quantise, or for a loaded model, one with a `device_map`, or a quantised one
+            that shall lie in pieces.
     """
 
     model: str | PreTrainedModel
@@ -79,6 +89,8 @@ class Local:
     shard_size: int | None = None
     once_per_step: bool = False
     attn_implementation: str | None = None
+    quantize: Quantize | None = None
+    measure_quantize: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what cannot be a model."""
@@ -93,6 +105,9 @@ class Local:
             dtype = loading.dtype_name(self.dtype, "Local", allowed=("auto", *loading.DTYPES))
             object.__setattr__(self, "dtype", dtype)
         self._check_shard()
+        if self.quantize is not None:
+            loaded = not isinstance(self.model, str)
+            quantising.check_spec(self.quantize, self.dtype, self.shard, loaded=loaded)
 
     def _check_shard(self) -> None:
         """Refuse pieces that nobody could make."""
@@ -166,7 +181,7 @@ class Local:
         return loading.load_model(
             self.model,
             self._config_for(request),
-            dtype=self.dtype or default_dtype,
+            dtype=self._dtype or default_dtype,
             backbone=request is not None and not request.logits,
             device_map=self.device_map or device_map,
             **self._options,
@@ -184,6 +199,12 @@ class Local:
                 "put every process's "
                 "copy on the same devices; leave device_map out, or start one process"
             )
+        if self.quantize is not None:
+            bare = skeleton(self.config, trust_remote_code=self.trust_remote_code)
+            quantising.check(self.quantize, bare, self.name, device, self.device_map)
+            if self.measure_quantize and request.logits:
+                with quantising.measuring(self.quantize):
+                    self.unquantised._placed(Request(logits=True), device)
         self._placed(request, device)
 
     def open(self, request: Request, device: torch.device) -> LocalSource:
@@ -196,6 +217,9 @@ class Local:
         self.check(request, device)
         placement, facts = self._placed(request, device)
         told = () if placement == WHOLE else (placement.describe(facts),)
+        if self.quantize is not None:
+            whole = self.unquantised._facts(request)
+            told = (*told, compare(self.quantize, self._facts(request), whole))
         spread = None
         if placement.pieces > 1:
             model = load_sharded(
@@ -203,15 +227,16 @@ class Local:
                 self._config_for(request),
                 placement,
                 facts,
-                dtype=self.dtype or "auto",
+                dtype=self._dtype or "auto",
                 backbone=not request.logits,
                 **self._options,
             )
             spread = Spread.of(model) if placement.tp > 1 else None
         else:
-            offload = "auto" if placement.kind == "offload" else None
-            model = self.load(request, device_map=offload)
-            if getattr(model, "hf_device_map", None) is None:
+            # What is quantised is so where it is loaded to, and some of it may not travel.
+            where = {"": device} if self.quantize is not None else None
+            model = self.load(request, device_map="auto" if placement.kind == "offload" else where)
+            if self.quantize is None and getattr(model, "hf_device_map", None) is None:
                 cast("nn.Module", model).to(device)
         return LocalSource(
             model, request, self.name, device, spread=spread, told=told, ahead=self.once_per_step
@@ -224,15 +249,33 @@ class Local:
         launch = launched(device)
         if launch.world == 1 and self.shard == "replica":
             return WHOLE, Facts(self.name, 0)
-        facts = facts_of(
-            self._config_for(request),
-            self.name,
-            dtype=self.dtype or "auto",
-            trust_remote_code=self.trust_remote_code,
-        )
+        facts = self._facts(request)
         placement = choose(self.shard, self.shard_size, facts, launch)
         whole = placement.kind == "replica" and launch.world == 1
         return WHOLE if whole else placement, facts
+
+    def _facts(self, request: Request) -> Facts:
+        """What a placement depends on."""
+        return facts_of(
+            self._config_for(request),
+            self.name,
+            dtype=self._dtype or "auto",
+            trust_remote_code=self.trust_remote_code,
+            quantize=self.quantize,
+        )
+
+    @property
+    def unquantised(self) -> Local:
+        """The same with all bits, wherever there is room for them."""
+        where = None if self.device_map is None else "auto"
+        return replace(self, quantize=None, shard="auto", device_map=where)
+
+    @property
+    def _dtype(self) -> str | None:
+        """Of its weights, but for those that are quantised."""
+        if self.quantize is None or self.dtype is not None:
+            return self.dtype
+        return quantising.KINDS[self.quantize].dtypes[0]
 
     def _config_for(self, request: Request | None) -> PreTrainedConfig:
         """The config, without the blocks that a request does not need."""
@@ -241,8 +284,12 @@ class Local:
     @property
     def _options(self) -> dict[str, Any]:
         """For `from_pretrained`."""
+        how = None
+        if self.quantize is not None:
+            how = quantising.settings(self.quantize, dtype_of(self.config, self._dtype or "auto"))
         return {
             "revision": self.revision,
             "trust_remote_code": self.trust_remote_code,
             "attn_implementation": self.attn_implementation,
+            "quantization_config": how,
         }

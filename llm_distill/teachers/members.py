@@ -179,6 +179,11 @@ def opened(member: Teacher, request: Request, device: torch.device, *, turns: bo
             f"turns: {member.spec.name} has a device_map, which keeps its weights where they are; "
             "leave one of the two out"
         )
+    if turns and isinstance(member, Local) and member.quantize is not None:
+        raise InputError(
+            f"turns: {member.spec.name} is quantised, and such weights stay on the device; leave "
+            "one of the two out"
+        )
     source = member.open(request, device)
     if turns and getattr(source.model, "hf_device_map", None) is not None:
         source.close()
