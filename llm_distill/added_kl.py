@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 SEQUENCES, LENGTH = 16, 256
 """Of the training data, and tokens of each, that both are asked about."""
 BATCH = 8
-"""Sequences that are asked about together, at most."""
+"""Sequences that are asked about together, whatever a training's batch: figures stay the same."""
 FILE = "added_kl.json"
 
 
@@ -174,12 +174,11 @@ def _batches(run: Run, args: TrainingArguments) -> Iterable[Batch]:
         _short(readable(example, args, run.columns))
         for example in first(cast("Iterable[Any]", dataset), SEQUENCES)
     ]
-    plan, size = binding.query_plan(run.terms), min(BATCH, args.train_batch_size)
-    collate = replace(run.collator, lookup=None)
+    plan, collate = binding.query_plan(run.terms), replace(run.collator, lookup=None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)  # collators may draw
-        for start in range(0, len(examples), size):
-            collated = collate(examples[start : start + size])
+        for start in range(0, len(examples), BATCH):
+            collated = collate(examples[start : start + BATCH])
             batch = make_batch(collated, plan, seed=args.seed, epoch=0).for_teacher
             if len(batch.supervised):
                 yield batch.to(args.device)
