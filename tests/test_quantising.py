@@ -95,8 +95,7 @@ def test_sizes_are_those_of_the_loaded_model(family: str, word: str, tmp_path: P
         if type(weight).__name__ == "Int8Params":
             taken += weight.SCB.numel() * weight.SCB.element_size()
         if type(weight).__name__ == "Params4bit":
-            state = weight.quant_state
-            scales = (state.absmax, state.state2.absmax)
+            scales = (weight.quant_state.absmax, weight.quant_state.state2.absmax)
             taken += sum(t.numel() * t.element_size() for t in scales)
     facts = facts_of(found.config.__class__(**plain_config(found)), "m", dtype="bfloat16")
     small = facts_of(FAMILIES[family]().config, "m", dtype="bfloat16", quantize=word)

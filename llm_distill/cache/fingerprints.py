@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from torch import Tensor
@@ -48,7 +48,7 @@ def of_template(tokenizer: PreTrainedTokenizerBase) -> str:
 def of_weights(model: PreTrainedModel) -> str:
     """Of names, shapes, dtypes and numbers spread over each tensor; fast, whatever the size."""
     digest = blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(_weights(model)):
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
         if tensor.is_meta or isinstance(tensor, DTensor):
             continue  # not in memory, or not whole
@@ -57,6 +57,16 @@ def of_weights(model: PreTrainedModel) -> str:
             step = max(1, flat.numel() // SAMPLES)
             digest.update(flat[::step].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _weights(model: PreTrainedModel) -> Iterable[tuple[str, Tensor]]:
+    """Everything that a checkpoint would hold."""
+    if not getattr(model, "is_loaded_in_4bit", False):
+        return model.state_dict().items()
+    # bitsandbytes 0.50 changes 4-bit weights on a CPU whenever it writes their state dict.
+    named = list(model.named_parameters())
+    states = ((name, getattr(weight, "quant_state", None)) for name, weight in named)
+    return named + [(f"{name}.absmax", state.absmax) for name, state in states if state is not None]
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
