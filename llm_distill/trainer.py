@@ -97,9 +97,7 @@ class DistillTrainer(StepTrainer):
             student = cast(
                 "nn.Module", get_peft_model(cast("PreTrainedModel", student), peft_config)
             )
-        opens, compared = partial(_opened, run, student, args.device), run.opening_request.logits
-        self._source, added = added_kl.opened(opens, run, args, compared=compared)
-        self.quantised = tuple(map(str, added))
+        self._source, self.quantised = _opened(run, student, args)
         run = replace(run, told=(*run.told, *self._source.told, *self.quantised))
         make = partial(DistillTrainer, rows_per_chunk=chunk, balance=balance)
         asked, run = run, calibrate(run, student, self._source, args, make)
@@ -281,9 +279,16 @@ class DistillTrainer(StepTrainer):
         self._signature_columns: Any = [*COLUMNS, *self.run.columns]
 
 
-def _opened(run: Run, student: nn.Module, device: torch.device) -> Source:
-    """The teacher at work; one that is the student itself is made of what was loaded."""
-    teacher = run.teacher
+def _opened(
+    run: Run, student: nn.Module, args: TrainingArguments
+) -> tuple[Source, tuple[str, ...]]:
+    """The teacher at work, and what quantising it adds, in words.
+
+    One that is the student itself is made of what was loaded.
+    """
+    teacher, request = run.teacher, run.opening_request
     if isinstance(teacher, Itself):
         teacher = teacher.of(Local(cast("PreTrainedModel", student)))
-    return teacher.open(run.opening_request, device)
+    make = partial(teacher.open, request, args.device)
+    source, added = added_kl.opened(make, run, args, compared=request.logits)
+    return source, tuple(map(str, added))

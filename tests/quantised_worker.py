@@ -1,6 +1,7 @@
 """Trains beside a quantised teacher, and compares what it says; started alone or by torchrun.
 
-Usage: python -m tests.quantised_worker FOLDER WORD...   (in FOLDER: teacher)
+Usage: python -m tests.quantised_worker ENGINE FOLDER WORD...   (in FOLDER: teacher; ENGINE: one,
+ddp, fsdp2)
 """
 
 import sys
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tests.exactness_worker import EMPTY, whole
+from tests.fsdp2_on_cpu import fsdp2_on_cpu
 from tests.launch import finish
 
 
@@ -69,12 +71,12 @@ def differences(trainer: Any, model: Any, eager: Any) -> dict[str, float]:
     return {name: float(difference.abs().max()) for name, difference in found.items()}
 
 
-def train(folder: Path, word: str) -> dict[str, Any]:
+def train(engine: str, folder: Path, word: str) -> dict[str, Any]:
     """Three steps of 8 rows; weights, the KL that was told, and how signals differ."""
     from llm_distill import DistillTrainer, Local
 
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    out = folder / f"{word}-{ranks}"
+    out = folder / f"{word}-{engine}"
     args = tiny.arguments(out, per_device_train_batch_size=8 // ranks)
     trainer = DistillTrainer(
         tiny.llama("student"),
@@ -101,17 +103,18 @@ def train(folder: Path, word: str) -> dict[str, Any]:
     }
 
 
-def main(folder: Path, words: list[str]) -> None:
+def main(engine: str, folder: Path, words: list[str]) -> None:
     """All words in one launch; what each rank found."""
     torch.set_num_threads(1)
+    if engine == "fsdp2":
+        fsdp2_on_cpu()
     from transformers import TrainingArguments
 
     rank = TrainingArguments(str(folder / "none"), use_cpu=True).process_index  # starts the group
-    found = {word: train(folder, word) for word in words}
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    torch.save(found, folder / f"found-{ranks}-{rank}.pt")
+    found = {word: train(engine, folder, word) for word in words}
+    torch.save(found, folder / f"{engine}-{rank}.pt")
     finish()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
