@@ -68,11 +68,11 @@ class Added:
 
     def __str__(self) -> str:
         """One line for people."""
-        if self.kl is None:
+        if self.kl is None or self.agreement is None:
             return f"teacher {self.teacher}: {self.quantize}, what that adds was not measured"
         return (
             f"teacher {self.teacher}: {self.quantize} adds a KL of {self.kl:.3g} nats per token, "
-            f"agreement {self.agreement:.1%} ({self.tokens:,} tokens)".replace("%", " %")
+            f"agreement {100 * self.agreement:.1f} % ({self.tokens:,} tokens)"
         )
 
 

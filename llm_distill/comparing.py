@@ -52,19 +52,23 @@ def hear(teacher: Local, batches: Sequence[Batch], args: TrainingArguments) -> S
     """
     source = teacher.unquantised.open(Request(logits=True), args.device)
     try:
-        name = f"{teacher.name} before it is quantised"
-        rows: list[Tensor] = []
-        head: Head | None = None
-        for batch in _shown(batches, name, args):
-            said = source(batch).whole
-            head = _head(said) if head is None else head
-            rows.append(_rows(said))
-        return Said(tuple(rows), head)
+        return _asked(source, _shown(batches, f"{teacher.name} before it is quantised", args))
     finally:
         source.close()
         gc.collect()
         if args.device.type == "cuda":
-            torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # what is free is asked of the device
+
+
+def _asked(source: Source, batches: Iterable[Batch]) -> Said:
+    """Everything that it says; what refers to its weights ends here."""
+    rows: list[Tensor] = []
+    head: Head | None = None
+    for batch in batches:
+        said = source(batch).whole
+        head = _head(said) if head is None else head
+        rows.append(_rows(said))
+    return Said(tuple(rows), head)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from llm_distill import (
     Routed,
     added_kl,
     comparing,
+    placement,
 )
 from llm_distill.added_kl import FILE, Added
 from llm_distill.errors import InputError
@@ -86,14 +87,15 @@ class TestMeasured:
         "change",
         [
             lambda folder: {"teacher": small(folder, quantize="torchao_int8")},
-            lambda folder: {"train_dataset": tiny.rows(32, empty=[1])},
+            lambda folder: {"train_dataset": tiny.rows(32, empty=(1,))},
         ],
     )
     def test_anew_for_another_way_or_text(
         self, folder: Path, heard: list[str], change: Callable[[Path], dict[str, Any]]
     ) -> None:
         trainer(folder, small(folder))
-        trainer(**{"folder": folder, "teacher": small(folder)} | change(folder))
+        given = {"teacher": small(folder)} | change(folder)
+        trainer(folder, given.pop("teacher"), **given)
         assert heard == ["teacher", "teacher"]
 
     def test_anew_for_other_weights(self, folder: Path, heard: list[str]) -> None:
@@ -223,7 +225,7 @@ def test_the_card_tells_it(folder: Path) -> None:
 
 def test_a_checkpoint_that_has_no_room_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "launched", lambda device: Launch(world=2, local=2, free=500_000))
-    facts = local.facts_of
+    facts = placement.facts_of
     monkeypatch.setattr(local, "facts_of", lambda *a, **k: replace(facts(*a, **k), blocks=None))
     with pytest.raises(InputError, match=r"loaded once as it is, and teacher .* takes 0\.\d MB"):
         trainer(folder, small(folder))

@@ -320,7 +320,8 @@ class TestQuantised:
         source = spec.open(Request(hidden=frozenset({1})), CPU)
         assert isinstance(source.model, LlamaModel)
         assert len(source.model.layers) == 2
-        assert type(source.model.layers[1].mlp.up_proj.weight).__name__ == "Int8Params"
+        weight = source.model.get_submodule("layers.1.mlp.up_proj").weight
+        assert type(weight).__name__ == "Int8Params"
         assert source(batch()).states[1].isfinite().all()
 
     def test_everything_else_has_the_dtype_that_was_asked_for(self, tmp_path: Path) -> None:
