@@ -38,11 +38,13 @@ class StudentTrainer(Trainer):
         run: What was prepared.
         data: What the card says of the training data; by default what that says of itself.
         evaluation_data: The same for the evaluation data.
+        quantised: What the card says of quantised teachers.
     """
 
     run: Run
     data: DataFacts | None = None
     evaluation_data: DataFacts | None = None
+    quantised: tuple[str, ...] = ()
     _in_checkpoint = False
 
     @property
@@ -154,6 +156,7 @@ class StudentTrainer(Trainer):
             teacher=publishing.model_facts(run.teacher, run.teacher.spec, whole),
             objectives=publishing.objective_facts(run.objectives),
             layer_map=publishing.layer_maps(run.terms),
+            quantised=self.quantised,
             evaluation_data=self.evaluation_data or publishing.data_facts(self.eval_dataset),
             tokenizer=None if run.tokenizers.theirs is None else OTHER,
             task="text-generation" if run.shift else "fill-mask",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from llm_distill import schedules
 from llm_distill.card import CardFacts, DataFacts, ModelFacts, ObjectiveFacts, origin_of
@@ -79,7 +80,7 @@ def versions() -> dict[str, str]:
 
 def model_facts(model: Student | Teacher, spec: ModelSpec, weights: nn.Module | None) -> ModelFacts:
     """Where a model came from, and its size where it is loaded whole."""
-    size = None if weights is None else sum(p.numel() for p in weights.parameters())
+    size = None if weights is None else _parameters(weights)
     if isinstance(model, FromConfig):
         return ModelFacts(name=model.architecture, origin="random", parameters=size)
     if isinstance(model, FromTeacher):
@@ -90,6 +91,13 @@ def model_facts(model: Student | Teacher, spec: ModelSpec, weights: nn.Module | 
     return ModelFacts(
         name=spec.name, origin=origin_of(spec.name), revision=revision, parameters=size
     )
+
+
+def _parameters(weights: nn.Module) -> int:
+    """How many a model has; those of four bits lie two in a byte."""
+    if isinstance(weights, PreTrainedModel):
+        return int(weights.num_parameters())
+    return sum(p.numel() for p in weights.parameters())
 
 
 def objective_facts(objectives: Sequence[Objective]) -> tuple[ObjectiveFacts, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, TrainingArguments
 
-from llm_distill import binding, race, refreshing, schedules
+from llm_distill import added_kl, binding, race, refreshing, schedules
 from llm_distill.arguments import check_engine, check_under_deepspeed, check_untrained
 from llm_distill.balance.base import settle
 from llm_distill.calibration import calibrate
@@ -97,8 +97,8 @@ class DistillTrainer(StepTrainer):
             student = cast(
                 "nn.Module", get_peft_model(cast("PreTrainedModel", student), peft_config)
             )
-        self._source = _opened(run, student, args.device)
-        run = replace(run, told=(*run.told, *self._source.told))
+        self._source, self.quantised = _opened(run, student, args)
+        run = replace(run, told=(*run.told, *self._source.told, *self.quantised))
         make = partial(DistillTrainer, rows_per_chunk=chunk, balance=balance)
         asked, run = run, calibrate(run, student, self._source, args, make)
         self.run = run
@@ -281,9 +281,16 @@ class DistillTrainer(StepTrainer):
         self._signature_columns: Any = [*COLUMNS, *self.run.columns]
 
 
-def _opened(run: Run, student: nn.Module, device: torch.device) -> Source:
-    """The teacher at work; one that is the student itself is made of what was loaded."""
-    teacher = run.teacher
+def _opened(
+    run: Run, student: nn.Module, args: TrainingArguments
+) -> tuple[Source, tuple[str, ...]]:
+    """The teacher at work, and what quantising it adds, in words.
+
+    One that is the student itself is made of what was loaded.
+    """
+    teacher, request = run.teacher, run.opening_request
     if isinstance(teacher, Itself):
         teacher = teacher.of(Local(cast("PreTrainedModel", student)))
-    return teacher.open(run.opening_request, device)
+    make = partial(teacher.open, request, args.device)
+    source, added = added_kl.opened(make, run, args, compared=request.logits)
+    return source, tuple(map(str, added))

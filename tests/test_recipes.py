@@ -88,11 +88,14 @@ def tiny_teacher(given: Any, models: Path, out: Path, url: str) -> Any:
         "Remote": {"url": url, "model": "teacher", "of": path},
         "Cached": {"path": str(out.with_name("cache")), "of": path},
     }
+    if kind == "Local" and "quantize" in settings:
+        return {kind: {**settings, "model": path}}
     return {kind: {**settings, **own[kind]}} if kind in own else path
 
 
 def test_the_promised_recipes_are_there() -> None:
     kinds = {"cached.yaml", "ensemble.yaml", "itself.yaml", "remote.yaml", "sharded_teacher.yaml"}
+    kinds |= {"quantised.yaml"}
     assert {"logits.yaml", "features.yaml", *kinds} <= {path.name for path in RECIPES}
     launchers = ["ddp", "device_map", "fsdp2", "hsdp", "single", "tp", "zero3"]
     assert [path.stem for path in LAUNCHERS] == launchers

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SAMPLES = 1024
@@ -46,14 +48,34 @@ def of_template(tokenizer: PreTrainedTokenizerBase) -> str:
 def of_weights(model: PreTrainedModel) -> str:
     """Of names, shapes, dtypes and numbers spread over each tensor; fast, whatever the size."""
     digest = blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(_weights(model)):
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
         if tensor.is_meta or isinstance(tensor, DTensor):
             continue  # not in memory, or not whole
-        flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // SAMPLES)
-        digest.update(flat[::step].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        for part in _parts(tensor.detach()):
+            flat = part.reshape(-1)
+            step = max(1, flat.numel() // SAMPLES)
+            digest.update(flat[::step].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _weights(model: PreTrainedModel) -> Iterable[tuple[str, Tensor]]:
+    """Everything that a checkpoint would hold."""
+    if not getattr(model, "is_loaded_in_4bit", False):
+        return model.state_dict().items()
+    # bitsandbytes 0.50 changes 4-bit weights on a CPU whenever it writes their state dict.
+    named = list(model.named_parameters())
+    states = ((name, getattr(weight, "quant_state", None)) for name, weight in named)
+    return named + [(f"{name}.absmax", state.absmax) for name, state in states if state is not None]
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor, or the plain ones that a quantised one is made of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
 
 
 def of_file(path: Path, tick: Callable[[int], object] = int) -> str:

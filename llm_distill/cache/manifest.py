@@ -30,6 +30,7 @@ WORDS = {
     "revision": "the revision of the teacher",
     "weights": "the weights of the teacher",
     "dtype": "the dtype of the teacher",
+    "quantised": "how the teacher is quantised",
     "tokenizer": "the tokenizer",
     "template": "the chat template",
     "keep": "what is kept",
@@ -71,6 +72,7 @@ class Manifest:
         revision: The commit it was resolved to, where it came from the Hub.
         weights: Fingerprint of its weights.
         dtype: Of its weights.
+        quantised: How they were as they were loaded; None: not at all.
         spec: `ModelSpec` of the teacher; its vocabulary is that of the targets.
         tokenizer: Fingerprint of what cut the data.
         template: Fingerprint of its chat template.
@@ -114,6 +116,7 @@ class Manifest:
     fidelity: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     format: int = FORMAT
+    quantised: str | None = None
 
     @property
     def estimator(self) -> Estimator:
@@ -144,9 +147,10 @@ class Manifest:
         """One line for people."""
         size = self.bytes / max(self.rows, 1)
         examples = sum(shard.examples for shard in self.shards)
+        told = "" if self.quantised is None else f" in {self.quantised}"
         layers = "" if self.layers is None else f", {self.layers}"
         return (
-            f"{self.teacher}, {self.estimator}{layers}: {examples:,} examples, {self.rows:,} "
+            f"{self.teacher}{told}, {self.estimator}{layers}: {examples:,} examples, {self.rows:,} "
             f"supervised tokens, {size:,.1f} bytes each"
         )
 
@@ -156,7 +160,7 @@ class Manifest:
         for name, words in WORDS.items():
             ours, theirs = (getattr(m, name) for m in (self, other))
             if json.dumps(ours, sort_keys=True) != json.dumps(theirs, sort_keys=True):
-                shown = name in ("teacher", "revision", "dtype", "keep", "vocabulary")
+                shown = name in ("teacher", "revision", "dtype", "quantised", "keep", "vocabulary")
                 found.append(f"{words} ({ours} there, {theirs} now)" if shown else words)
         return found
 
@@ -181,7 +185,8 @@ class Manifest:
             InputError: If it is none, or of a newer version.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            # There were caches before teachers were quantised here.
+            content = {"quantised": None} | json.loads(path.read_text(encoding="utf-8"))
             if content["format"] != FORMAT:
                 raise InputError(
                     f"{path}: format {content['format']}, and this version reads {FORMAT}; write "

@@ -6,12 +6,13 @@ import copy
 import json
 import shutil
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llm_distill import hints, loading
+from llm_distill import added_kl, hints, loading
 from llm_distill.cache import estimators, fingerprints, frames
 from llm_distill.cache.encoded import Fidelity
 from llm_distill.cache.index import FILE as INDEX
@@ -23,6 +24,7 @@ from llm_distill.cache.store import HEAD, TEACHER, save_head
 from llm_distill.caching.asking import write_shard
 from llm_distill.caching.deciding import decided
 from llm_distill.caching.framing import framed
+from llm_distill.caching.room import check_disk
 from llm_distill.capture import plain
 from llm_distill.errors import InputError
 from llm_distill.lm_head import head_of
@@ -36,9 +38,6 @@ if TYPE_CHECKING:
     from llm_distill.caching.plan import Capture
     from llm_distill.signals import Head
     from llm_distill.teachers import Source
-
-SPARE = 1.05
-"""Room that is asked for, times what the cache should take."""
 
 
 def write_cache(capture: Capture, *, overwrite: bool = False) -> Manifest:
@@ -58,23 +57,25 @@ def write_cache(capture: Capture, *, overwrite: bool = False) -> Manifest:
     capture.estimator.check(capture.vocabulary)
     run = capture.run
     hints.check_asked(capture.cached, run.objectives, run.terms, run.teacher.spec)
-    if capture.run.tokenizers.theirs is not None:
+    if run.tokenizers.theirs is not None:
         raise InputError(
-            f"{capture.run.tokenizers.difference}; a cache is read token by token, which needs one "
+            f"{run.tokenizers.difference}; a cache is read token by token, which needs one "
             "vocabulary"
         )
-    if not (capture.folder / FILE).is_file():
+    done = (capture.folder / FILE).is_file()
+    if not done:
         check_disk(capture)
-    wanted = capture.run.opening_request.hidden if capture.cached.states else frozenset[int]()
-    source = capture.run.teacher.open(Request(logits=True, hidden=wanted), capture.args.device)
+    wanted = run.opening_request.hidden if capture.cached.states else frozenset[int]()
+    opens = partial(run.teacher.open, Request(logits=True, hidden=wanted), capture.args.device)
+    source, added = added_kl.opened(opens, run, capture.args, compared=not done)
     try:
         _refuse_sharded(source)
         capture = decided(capture, source, anew=overwrite)
-        if not (capture.folder / FILE).is_file():
+        if not done:
             check_disk(capture)  # again, now that the layers are known
         layers = () if capture.layers is None else capture.layers.layers
         source.ask(Request(logits=True, hidden=frozenset(layers)))
-        begun = _begun(capture, source)
+        begun = replace(_begun(capture, source), fidelity=added_kl.figures(added))
         there = _there(capture, begun, overwrite=overwrite)
         if there is not None and (capture.folder / FILE).is_file():
             return there
@@ -90,28 +91,6 @@ def write_cache(capture: Capture, *, overwrite: bool = False) -> Manifest:
         _finish(capture)
     _together(capture)
     return Manifest.read(capture.folder / FILE)
-
-
-def check_disk(capture: Capture) -> None:
-    """Refuse to start what the disk cannot hold.
-
-    Raises:
-        InputError: With both numbers.
-    """
-    left = [part for part in capture.parts if not capture.is_whole(part)]
-    needed = SPARE * sum(capture.bytes(part) for part in left)
-    if capture.estimator.example() is None:
-        needed += capture.vocabulary * capture.row_bytes  # the head, as wide as a row
-    there = capture.folder.absolute()
-    while not there.exists():
-        there = there.parent
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        less = "keep: {topk: {k: 16}}" + (", states_width: 256" if capture.layers else "")
-        raise InputError(
-            f"the cache would take about {_size(needed)}, and the disk of {there} has "
-            f"{_size(free)} left; write another path, or keep less: {less}"
-        )
 
 
 def _refuse_sharded(source: Source) -> None:
@@ -144,6 +123,7 @@ def _begun(capture: Capture, source: Source) -> Manifest:
         revision=getattr(run.teacher.config, "_commit_hash", None),
         weights="" if model is None else fingerprints.of_weights(model),
         dtype="" if model is None else str(model.dtype).removeprefix("torch."),
+        quantised=getattr(run.teacher, "quantize", None),
         spec=asdict(replace(spec, name=name, vocabulary=capture.vocabulary, blocks=None)),
         tokenizer="" if tokenizer is None else fingerprints.of_tokenizer(tokenizer),
         template="" if tokenizer is None else fingerprints.of_template(tokenizer),
@@ -270,7 +250,8 @@ def _finish(capture: Capture) -> None:
             places += (Place(number, group, row) for row in range(len(found)))
     Index.of(keys, places).write(folder)
     index = fingerprints.of_file(folder / INDEX)
-    finished = replace(begun, shards=shards, index=index, fidelity=fidelity.means())
+    told = {**fidelity.means(), **begun.fidelity}
+    finished = replace(begun, shards=shards, index=index, fidelity=told)
     replace(finished, lost=_lost(notes)).write(folder / FILE)
     for part in capture.parts:
         capture.note(part).unlink()
@@ -284,16 +265,3 @@ def _lost(notes: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
         for layer, lost in note.get("lost", {}).items():
             total[layer] = total.get(layer, Lost()) + Lost(**lost)
     return {k: {"mean": lost.mean, "worst": lost.worst} for k, lost in total.items()}
-
-
-def _size(count: float) -> str:
-    """Bytes in words.
-
-    >>> _size(3.2e9)
-    '3.2 GB'
-    """
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

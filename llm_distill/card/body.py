@@ -104,6 +104,7 @@ def _training(facts: CardFacts) -> str:
     rate = None if facts.learning_rate is None else f"{facts.learning_rate:g}"
     rows = {
         "Teacher": _link(facts.teacher),
+        "Quantised": "; ".join(facts.quantised),
         "Data": None if facts.data is None else _link(facts.data),
         "Steps": _integer(facts.steps),
         "Tokens": _integer(facts.tokens),

@@ -62,6 +62,7 @@ class CardFacts:
         versions: Libraries and their versions.
         peft: Whether the saved weights are an adapter.
         tokenizer: A remark on it.
+        quantised: How its teachers were quantised, and what that added, a line for each.
     """
 
     name: str
@@ -81,6 +82,7 @@ class CardFacts:
     language: str | None = None
     peft: bool = False
     tokenizer: str | None = None
+    quantised: tuple[str, ...] = ()
     task: Literal["text-generation", "fill-mask"] = "text-generation"
 
     @property

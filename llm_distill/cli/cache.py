@@ -101,6 +101,10 @@ def figures(written: Manifest) -> dict[str, float]:
         f"lost of hidden state {layer}, of its distance from the median": each["mean"]
         for layer, each in written.lost.items()
     }
+    measured = {
+        "KL that quantising the teacher adds, nats per token": told.get("quantised_kl"),
+        "agreement of the quantised teacher with the whole": told.get("quantised_agreement"),
+    }
     return lost | {
         "bytes per supervised token": written.bytes / max(written.rows, 1),
         "KL of what is read to what is kept, nats per token": told["kl"],
@@ -108,4 +112,5 @@ def figures(written: Manifest) -> dict[str, float]:
         "probability of the kept tokens": told["mass"],
         "entropy of the teacher, nats per token": told["entropy"],
         "negative log-likelihood of the labels under the teacher, nats": told["nll"],
+        **{name: figure for name, figure in measured.items() if figure is not None},
     }

@@ -1,6 +1,7 @@
 """Arguments in, exit code out. Nothing heavy is imported before the arguments are good."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,9 @@ from llm_distill.recipe.sections import SECTIONS
 from llm_distill.recipe.values import did_you_mean
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
+
+NOISY = ("bitsandbytes", "torch.utils._pytree", "torchao")
+"""What warns of files for other devices as soon as transformers finds it installed."""
 
 EPILOG = """\
 any value of the recipe can be set, in YAML:
@@ -155,6 +159,8 @@ def _described(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def _do(asked: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> None:
     """Read the recipe, and do as the command says."""
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if asked.allow_code and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # as `python -m` does, so that both find the same code
     recipe = Recipe.load(asked.recipe, overrides, asked.allow_code)

@@ -13,7 +13,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _UNFINISHED = "checkpoint-is-incomplete.txt"
 _STATE = "trainer_state.json"
 _BEFORE_TRAINING = re.compile(
-    r"map(-.*)?\.(yaml|png)|calibration\.(safetensors|part)|race\.(json|part)"
+    r"map(-.*)?\.(yaml|png)|calibration\.(safetensors|part)|(race|added_kl)\.(json|part)"
 )
 """What `llm-distill map` and calibration write: no training was there."""
 

@@ -98,7 +98,8 @@ def _asks_for_a_launch(teacher: Teacher) -> bool:
     """Whether where a teacher lies has to be decided, which is no question for a laptop."""
     locals_ = [leaf for leaf in leaves(teacher) if isinstance(leaf, Local)]
     pieces = any(leaf.shard not in ("auto", "replica") for leaf in locals_)
-    return pieces or isinstance(teacher, Local)
+    quantised = any(leaf.quantize is not None for leaf in locals_)  # which not every device can
+    return pieces or quantised or isinstance(teacher, Local)
 
 
 def _check_evaluation(recipe: Recipe, args: TrainingArguments) -> None:

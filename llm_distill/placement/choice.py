@@ -6,18 +6,14 @@ Everything that cannot work is refused here, before a weight is read.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 from llm_distill.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-Shard = Literal["auto", "replica", "fsdp2", "hsdp", "tp", "zero3"]
-"""What may be asked for."""
-
-SHARDS: tuple[str, ...] = get_args(Shard)
-"""The same, as words."""
+    from llm_distill.placement.spec import Shard
 
 SHARE = 0.5
 """Of a device's free memory that a whole teacher may take; the student, its optimizer and its
@@ -60,6 +56,7 @@ class Facts:
         splits: Whether transformers knows how to split its layers (tensor parallelism).
         blocks: Path of the list of its blocks; None where it is not to be found.
         quantised: Whether its weights are stored in fewer bits, and so cannot be cut into pieces.
+        travels: Whether they may wait in memory or on disk for their turn on the device.
     """
 
     name: str
@@ -69,6 +66,7 @@ class Facts:
     splits: bool = False
     blocks: str | None = None
     quantised: bool = False
+    travels: bool = True
 
 
 @dataclass(frozen=True)
@@ -110,6 +108,16 @@ class Placement:
             each = _gigabytes(facts.size // self.pieces)
             told += f", {each} on each of {split} processes{copies}"
         return f"{told} ({self.reason})"
+
+
+def compare(word: str, small: Facts, large: Facts) -> str:
+    """What quantising saves, for the log.
+
+    >>> compare("bitsandbytes_4bit", Facts("Qwen3-32B", 17 * 10**9), Facts("", 65 * 10**9))
+    'teacher Qwen3-32B: bitsandbytes_4bit, 17.0 GB instead of 65.0 GB'
+    """
+    sizes = f"{_gigabytes(small.size)} instead of {_gigabytes(large.size)}"
+    return f"teacher {small.name}: {word}, {sizes}"
 
 
 def choose(shard: Shard, size: int | None, facts: Facts, launch: Launch) -> Placement:
@@ -167,13 +175,14 @@ def _automatic(facts: Facts, launch: Launch) -> Placement:
         reason = f"it takes {facts.size / max(1, launch.free):.0%} {told}"
         return Placement("replica", replicas=launch.world, reason=reason)
     reason = f"whole it would take more than half {told}"
-    if launch.world == 1:
+    if launch.world == 1 and facts.travels:
         return Placement("offload", room=room, reason=reason)
     if facts.blocks is None or facts.quantised:
         why = "weights are quantised" if facts.quantised else "blocks are not to be found"
+        pieces = "wait elsewhere" if launch.world == 1 else "lie in pieces"
         raise InputError(
             f"teacher {facts.name} takes {_gigabytes(facts.size)}, more than half {told}, and its "
-            f"{why}, so that it cannot lie in pieces; write shard: replica to load it whole all "
+            f"{why}, so that it cannot {pieces}; write shard: replica to load it whole all "
             "the same, or take a smaller teacher"
         )
     inside = launch.local if launch.local > 1 else launch.world

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from llm_distill import blocks, loading, zero
+from llm_distill import blocks, loading, quantising, zero
 from llm_distill.errors import InputError
 from llm_distill.kinds import is_masked
 from llm_distill.placement.choice import Facts
@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 
 def facts_of(
-    config: PreTrainedConfig, name: str, *, dtype: str = "auto", trust_remote_code: bool = False
+    config: PreTrainedConfig,
+    name: str,
+    *,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    quantize: str | None = None,
 ) -> Facts:
     """What a placement depends on.
 
@@ -27,13 +32,11 @@ def facts_of(
         name: For messages.
         dtype: Of the weights as they will load; `auto`: as the config says.
         trust_remote_code: Whether its class may come from its repository.
+        quantize: How it is quantised as it loads.
     """
     model = skeleton(config, trust_remote_code=trust_remote_code)
-    kind = config.dtype if dtype == "auto" else dtype
-    kind = getattr(torch, kind) if isinstance(kind, str) else kind
-    width = torch.float32.itemsize if kind is None else kind.itemsize
-    bits = _bits(config)
-    unique = {id(p): p.numel() for p in model.parameters()}
+    width, bits = dtype_of(config, dtype).itemsize, _bits(config)
+    whole = quantising.bytes_of(model, width, quantize)
     spec = ModelSpec.of(config, name)
     try:
         path: str | None = blocks.find(model)
@@ -41,13 +44,21 @@ def facts_of(
         path = None
     return Facts(
         name=name,
-        size=int(sum(unique.values()) * (width if bits is None else bits / 8)),
+        size=whole if bits is None else int(whole / width * bits / 8),
         heads=spec.heads,
         kv_heads=spec.kv_heads,
         splits=bool(model.tp_plan),
         blocks=path,
-        quantised=bits is not None,
+        quantised=bits is not None or quantize is not None,
+        travels=quantize is None,
     )
+
+
+def dtype_of(config: PreTrainedConfig, dtype: str) -> torch.dtype:
+    """Of the weights as they will load; `auto`: as the config says."""
+    kind = config.dtype if dtype == "auto" else dtype
+    kind = getattr(torch, kind) if isinstance(kind, str) else kind
+    return torch.float32 if kind is None else kind
 
 
 def _bits(config: PreTrainedConfig) -> int | None:

@@ -59,6 +59,11 @@ def student_spec(student: Student, teacher: PreTrainedConfig) -> ModelSpec:
             f"student {spec.name}: shard={spec.shard!r} is for teachers; a student is sharded by "
             "the launch (recipes/accelerate/fsdp2.yaml): leave shard out"
         )
+    if spec.quantize is not None:
+        raise InputError(
+            f"student {spec.name}: quantize={spec.quantize!r} is for teachers; a student is "
+            "trained in all of its bits: leave quantize out"
+        )
     found = Provenance.read(spec.config)
     whole = teacher.get_text_config(decoder=True).num_hidden_layers
     fits = found is not None and found.of == whole

@@ -147,6 +147,12 @@ class Cached:
                     f"the recipe says {self.of.revision}; write another path and run llm-distill "
                     "cache"
                 )
+            if self.of.quantize != manifest.quantised:
+                raise InputError(
+                    f"the cache {self.path} is of {asked}{_in(manifest.quantised)}, and the recipe "
+                    f"says {asked}{_in(self.of.quantize)}, which is another teacher; write the "
+                    "same quantize, or another path and run llm-distill cache"
+                )
         if self.keep is not None and self.estimator.name != manifest.estimator.name:
             raise self._other_estimator(manifest)
         if self.keep is not None and vars(self.estimator) != vars(manifest.estimator):
@@ -176,6 +182,11 @@ class Cached:
             f"the cache {self.path} keeps {manifest.estimator}, and the recipe says "
             f"{self.estimator}; leave keep out, or write another path and run llm-distill cache"
         )
+
+
+def _in(quantize: str | None) -> str:
+    """How a teacher is quantised, in words."""
+    return " with all its bits" if quantize is None else f" in {quantize}"
 
 
 def _is_commit(revision: str | None) -> bool:

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_distill import loading, zero
+from llm_distill import loading, quantising, zero
 from llm_distill.capture import plain
 from llm_distill.errors import InputError
 from llm_distill.pieces import make_whole
 from llm_distill.placement import (
-    SHARDS,
     Facts,
     Placement,
     Shard,
     Spread,
     caps,
+    check_spec,
     choose,
+    compare,
+    dtype_of,
     facts_of,
     launched,
     load_partitioned,
     load_sharded,
+    skeleton,
 )
+from llm_distill.quantising import Quantize
 from llm_distill.signals import (
     ModelSpec,
     Request,
@@ -67,10 +71,16 @@ class Local:
             says of them is kept until they are trained on. It has no effect where a teacher takes
             turns on a device, or on an expert of `Routed`.
         attn_implementation: As in transformers.
+        quantize: Load a teacher in fewer bits, its head and embedding excepted:
+            `bitsandbytes_8bit`, `bitsandbytes_4bit`, `torchao_int8`, `torchao_int4`,
+            `torchao_float8`. It lies whole on each process.
+        measure_quantize: Whether the KL that this adds is measured before the training. That loads
+            the whole checkpoint once, as it would lie without `quantize`.
 
     Raises:
-        InputError: If the model is neither a name nor a transformers model, for an unknown dtype,
-            or for a loaded model, or one with a `device_map`, that shall lie in pieces.
+        InputError: If the model is neither a name nor a transformers model, for an unknown dtype
+            or way to quantise, or for a loaded model, one with a `device_map`, or a quantised one
+            that shall lie in pieces.
     """
 
     model: str | PreTrainedModel
@@ -83,6 +93,8 @@ class Local:
     shard_size: int | None = None
     once_per_step: bool = False
     attn_implementation: str | None = None
+    quantize: Quantize | None = None
+    measure_quantize: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what cannot be a model."""
@@ -96,24 +108,10 @@ class Local:
         if self.dtype is not None:
             dtype = loading.dtype_name(self.dtype, "Local", allowed=("auto", *loading.DTYPES))
             object.__setattr__(self, "dtype", dtype)
-        self._check_shard()
-
-    def _check_shard(self) -> None:
-        """Refuse pieces that nobody could make."""
-        if self.shard not in SHARDS:
-            raise InputError(f"Local: shard is {self.shard!r}; write one of {', '.join(SHARDS)}")
-        if self.shard == "auto" and self.shard_size is None:
-            return
-        if not isinstance(self.model, str):
-            raise InputError(
-                f"Local: shard={self.shard!r} is for models that are loaded here, piece by piece, "
-                "and this one is loaded; give its id or path"
-            )
-        if self.device_map is not None:
-            raise InputError(
-                f"Local: shard={self.shard!r} and device_map={self.device_map!r} both say where "
-                "the weights go; leave one of them out"
-            )
+        loaded = not isinstance(self.model, str)
+        check_spec(self.shard, self.shard_size, self.device_map, loaded=loaded)
+        if self.quantize is not None:
+            quantising.check_spec(self.quantize, self.dtype, self.shard, loaded=loaded)
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -172,7 +170,7 @@ class Local:
         return loading.load_model(
             self.model,
             self._config_for(request),
-            dtype=self.dtype or default_dtype,
+            dtype=self._dtype or default_dtype,
             backbone=request is not None and not request.logits,
             device_map=self.device_map or device_map,
             max_memory=max_memory,
@@ -188,9 +186,15 @@ class Local:
         if self.device_map is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError(
                 f"teacher {self.name}: device_map={self.device_map!r} with several processes would "
-                "put every process's "
-                "copy on the same devices; leave device_map out, or start one process"
+                "put every process's copy on the same devices; leave device_map out, or start one "
+                "process"
             )
+        if self.quantize is not None:
+            bare = skeleton(self.config, trust_remote_code=self.trust_remote_code)
+            quantising.check(self.quantize, bare, self.name, device, self.device_map)
+            if self.measure_quantize and request.logits:
+                with quantising.measuring(self.quantize):
+                    self.unquantised._placed(Request(logits=True), device)
         placement, _ = self._placed(request, device)
         if zero.is_zero3() and (self.device_map is not None or placement.kind == "offload"):
             raise InputError(
@@ -209,6 +213,9 @@ class Local:
         self.check(request, device)
         placement, facts = self._placed(request, device)
         told = () if placement == WHOLE else (placement.describe(facts),)
+        if self.quantize is not None:
+            whole = self.unquantised._facts(request)
+            told = (*told, compare(self.quantize, self._facts(request), whole))
         spread = None
         if placement.pieces > 1:
             in_pieces = load_partitioned if placement.kind == "zero3" else load_sharded
@@ -217,14 +224,14 @@ class Local:
                 self._config_for(request),
                 placement,
                 facts,
-                dtype=self.dtype or "auto",
+                dtype=self._dtype or "auto",
                 backbone=not request.logits,
                 **self._options,
             )
             spread = Spread.of(model) if placement.tp > 1 else None
         else:
             model = self._load_whole(request, placement, device)
-            if getattr(model, "hf_device_map", None) is None:
+            if self.quantize is None and getattr(model, "hf_device_map", None) is None:
                 cast("nn.Module", model).to(device)
         return LocalSource(
             model, request, self.name, device, spread=spread, told=told, ahead=self.once_per_step
@@ -234,6 +241,8 @@ class Local:
         self, request: Request, placement: Placement, device: torch.device
     ) -> PreTrainedModel:
         """The model on the device, or on it and wherever else there is room."""
+        if self.quantize is not None:  # where it is loaded to: some of it may not travel
+            return self.load(request, device_map={"": device})
         if placement.kind != "offload":
             return self.load(request)
         return self.load(request, device_map="auto", max_memory=caps(device, placement.room))
@@ -245,15 +254,33 @@ class Local:
         launch = launched(device)
         if launch.world == 1 and self.shard == "replica":
             return WHOLE, Facts(self.name, 0)
-        facts = facts_of(
-            self._config_for(request),
-            self.name,
-            dtype=self.dtype or "auto",
-            trust_remote_code=self.trust_remote_code,
-        )
+        facts = self._facts(request)
         placement = choose(self.shard, self.shard_size, facts, launch)
         whole = placement.kind == "replica" and launch.world == 1
         return WHOLE if whole else placement, facts
+
+    def _facts(self, request: Request) -> Facts:
+        """What a placement depends on."""
+        return facts_of(
+            self._config_for(request),
+            self.name,
+            dtype=self._dtype or "auto",
+            trust_remote_code=self.trust_remote_code,
+            quantize=self.quantize,
+        )
+
+    @property
+    def unquantised(self) -> Local:
+        """The same with all bits, wherever there is room for them."""
+        where = None if self.device_map is None else "auto"
+        return replace(self, quantize=None, shard="auto", device_map=where)
+
+    @property
+    def _dtype(self) -> str | None:
+        """Of its weights, but for those that are quantised."""
+        if self.quantize is None or self.dtype is not None:
+            return self.dtype
+        return quantising.KINDS[self.quantize].dtypes[0]
 
     def _config_for(self, request: Request | None) -> PreTrainedConfig:
         """The config, without the blocks that a request does not need."""
@@ -262,8 +289,12 @@ class Local:
     @property
     def _options(self) -> dict[str, Any]:
         """For `from_pretrained`."""
+        how = None
+        if self.quantize is not None:
+            how = quantising.settings(self.quantize, dtype_of(self.config, self._dtype or "auto"))
         return {
             "revision": self.revision,
             "trust_remote_code": self.trust_remote_code,
             "attn_implementation": self.attn_implementation,
+            "quantization_config": how,
         }

@@ -232,6 +232,11 @@ def check_turns(members: Sequence[Teacher]) -> None:
                 f"turns: {leaf.name} has a device_map, which keeps its weights where they are; "
                 "leave one of the two out"
             )
+        if leaf.quantize is not None:
+            raise InputError(
+                f"turns: {leaf.name} is quantised, and such weights stay on the device; leave one "
+                "of the two out"
+            )
         if leaf.shard not in ("auto", "replica"):
             raise _cannot_leave(leaf.name)
 

@@ -2,11 +2,14 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 from llm_distill.cache import fingerprints
+from llm_distill.quantising import settings
 from tests import on_disk, tiny
 
 
@@ -68,3 +71,32 @@ def test_files(tmp_path: Path) -> None:
     told: list[int] = []
     assert fingerprints.of_file(path, told.append) == hashlib.sha256(content).hexdigest()
     assert sum(told) == len(content)
+
+
+@pytest.mark.parametrize("word", ["bitsandbytes_8bit", "bitsandbytes_4bit", "torchao_int8"])
+def test_quantised_weights(word: str, tmp_path: Path) -> None:
+    """The same twice, after a forward too; others for another model, and for whole weights."""
+
+    def made(name: str) -> Any:
+        how = settings(word, torch.float32)
+        where = {"": torch.device("cpu")}
+        model = LlamaForCausalLM.from_pretrained(
+            tmp_path / name, quantization_config=how, device_map=where
+        )
+        with torch.no_grad():
+            model(input_ids=torch.arange(9)[None])
+        return model
+
+    tiny.llama("teacher").save_pretrained(tmp_path / "one")
+    other = tiny.llama("teacher")
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    other.save_pretrained(tmp_path / "two")
+    one = made("one")
+    with torch.no_grad():
+        said = one(input_ids=torch.arange(9)[None]).logits
+        found = fingerprints.of_weights(one)
+        assert torch.equal(one(input_ids=torch.arange(9)[None]).logits, said)
+    assert fingerprints.of_weights(one) == found == fingerprints.of_weights(made("one"))
+    assert found != fingerprints.of_weights(made("two"))
+    assert found != fingerprints.of_weights(tiny.llama("teacher"))

@@ -63,6 +63,16 @@ def test_what_it_tells() -> None:
     assert (GIVEN.rows, GIVEN.bytes) == (20, 800)
     told = "me/teacher, 50 draws: 3 examples, 20 supervised tokens, 40.0 bytes each"
     assert str(GIVEN) == told
+    small = replace(GIVEN, quantised="torchao_int8")
+    assert str(small).startswith("me/teacher in torchao_int8, 50 draws: 3 examples")
+
+
+def test_one_that_was_written_before_teachers_were_quantised(tmp_path: Path) -> None:
+    GIVEN.write(tmp_path / FILE)
+    content = json.loads((tmp_path / FILE).read_text())
+    del content["quantised"]
+    (tmp_path / FILE).write_text(json.dumps(content))
+    assert Manifest.read(tmp_path / FILE) == GIVEN
 
 
 @pytest.mark.parametrize(
@@ -72,6 +82,10 @@ def test_what_it_tells() -> None:
         ({"revision": None}, "the revision of the teacher (c0ffee there, None now)"),
         ({"weights": "x"}, "the weights of the teacher"),
         ({"dtype": "float32"}, "the dtype of the teacher (bfloat16 there, float32 now)"),
+        (
+            {"quantised": "torchao_int8"},
+            "how the teacher is quantised (None there, torchao_int8 now)",
+        ),
         ({"tokenizer": "x"}, "the tokenizer"),
         ({"template": "x"}, "the chat template"),
         ({"vocabulary": 3}, "the number of tokens (300 there, 3 now)"),

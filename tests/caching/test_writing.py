@@ -1,6 +1,5 @@
 """A whole cache: killed and resumed, on ranks, refused where it would mix or not fit."""
 
-import json
 import shutil
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from llm_distill.caching.asking import write_shard
 from llm_distill.errors import InputError
 from llm_distill.layers import auto_race, last
 from tests import caches, launch, tiny
+from tests.caching.test_room import room_left
 
 WORKER = "tests.cache_worker"
 
@@ -182,18 +182,6 @@ class TestHints:
         with pytest.raises(InputError, match="that differs in the kept hidden states; write"):
             write_cache(caches.capture(tmp_path, **changes))
 
-    def test_the_disk_has_room_for_states_too(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        plain = caches.capture(tmp_path)
-        made = caches.capture(tmp_path, hints=[HiddenStates(rows="valid")])
-        sizes = [sum(each.bytes(part) for part in each.parts) for each in (plain, made)]
-        assert sizes[1] > 2 * sizes[0]
-        monkeypatch.setattr("shutil.disk_usage", replace_free(int(2 * sizes[0])))
-        writing.check_disk(plain)
-        with pytest.raises(InputError, match=r"or keep less: keep: .*, states_width: 256"):
-            writing.check_disk(made)
-
     @pytest.mark.parametrize(
         ("hint", "message"),
         [
@@ -265,7 +253,7 @@ class TestRefused:
     ) -> None:
         made = caches.capture(tmp_path)
         monkeypatch.setattr(type(made.run.teacher), "open", None)  # before weights load
-        free = replace_free(1000)
+        free = room_left(1000)
         monkeypatch.setattr("shutil.disk_usage", free)
         with pytest.raises(InputError, match=r"the cache would take about .* kB, and the disk of"):
             write_cache(made)
@@ -281,29 +269,6 @@ class TestRefused:
     def test_settings_that_do_not_fit(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="topk: k is 500; write a number from 1 to 128"):
             write_cache(caches.capture(tmp_path, partial(topk, k=500)))
-
-
-def replace_free(free: int) -> Any:
-    """`disk_usage` of a disk with so many bytes left."""
-    return lambda path: shutil._ntuple_diskusage(free, 0, free) if path else None
-
-
-def test_room_is_asked_for_what_is_left_alone(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = caches.capture(tmp_path)
-    needed = writing.SPARE * made.row_bytes * sum(made.rows(part) for part in made.parts)
-    monkeypatch.setattr("shutil.disk_usage", replace_free(int(needed) + 1))
-    writing.check_disk(made)
-    monkeypatch.setattr("shutil.disk_usage", replace_free(int(needed) - 1))
-    with pytest.raises(InputError, match="would take about"):
-        writing.check_disk(made)
-    shutil.copytree(whole, made.folder)
-    manifest = Manifest.read(made.folder / FILE)
-    for part, shard in zip(made.parts[:2], manifest.shards, strict=False):
-        note = {"shard": {"bytes": shard.bytes}, "keys": made.digest(part)}
-        made.note(part).write_text(json.dumps(note))
-    writing.check_disk(made)
 
 
 def test_progress_and_bytes_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,6 +85,13 @@ def test_training_shows_what_is_known() -> None:
     assert "| Seed | 0 |" in section(replace(FACTS, seed=0), "Training")
 
 
+def test_how_teachers_were_quantised() -> None:
+    assert "Quantised" not in section(FACTS, "Training")
+    told = replace(FACTS, quantised=("a: torchao_int8", "/home/me/b: bitsandbytes_4bit"))
+    table = section(told, "Training")
+    assert "| Quantised | a: torchao_int8; /home/me/b: bitsandbytes_4bit |" in table
+
+
 def test_the_revision_of_the_teacher_is_told() -> None:
     teacher = ModelFacts(name="Qwen/Qwen3-8B", origin="hub", revision="abc123")
     link = "[Qwen/Qwen3-8B](https://huggingface.co/Qwen/Qwen3-8B) at `abc123`"

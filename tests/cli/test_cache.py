@@ -71,6 +71,36 @@ def test_hints_without_the_teacher(
     assert "decided auto for it; run llm-distill cache on this recipe" in ended.err
 
 
+def test_of_a_quantised_teacher(
+    cli: Cli, sections: dict[str, Any], teacher: Path, tmp_path: Path
+) -> None:
+    """The manifest says so, the figure travels, and another number of bits is another cache."""
+    small = {"Local": {"model": str(teacher), "quantize": "bitsandbytes_8bit"}}
+    sections["teacher"]["Cached"]["of"] = small
+    ended = cli("cache", **sections)
+    assert ended.code == 0, ended.err
+    assert "KL that quantising the teacher adds" in ended.out
+    manifest = Manifest.read(tmp_path / "cache" / FILE)
+    assert manifest.quantised == "bitsandbytes_8bit"
+    assert manifest.fidelity["quantised_kl"] > 0
+    before = (tmp_path / "cache" / FILE).stat().st_mtime_ns
+    assert cli("cache", **sections).code == 0
+    assert (tmp_path / "cache" / FILE).stat().st_mtime_ns == before
+    ended = cli("run", **sections)
+    assert ended.code == 0, ended.err
+    assert "teacher in bitsandbytes_8bit, top 32" in ended.out
+    told = f"bitsandbytes_8bit adds a KL of {manifest.fidelity['quantised_kl']:.3g}"
+    assert told in ended.out
+    assert told in (tmp_path / "out" / "README.md").read_text()
+    small["Local"]["quantize"] = "torchao_int8"
+    ended = cli("cache", **sections)
+    assert ended.code == 2
+    assert "how the teacher is quantised (bitsandbytes_8bit there, torchao_int8 now)" in ended.err
+    ended = cli("run", "--overwrite", **sections)
+    assert ended.code == 2
+    assert "in bitsandbytes_8bit, and the recipe says teacher in torchao_int8" in ended.err
+
+
 def test_only_the_path_is_needed_to_run(cli: Cli, sections: dict[str, Any], tmp_path: Path) -> None:
     assert cli("cache", **sections).code == 0
     assert cli("run", teacher={"Cached": {"path": str(tmp_path / "cache")}}).code == 0

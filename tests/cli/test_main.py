@@ -10,6 +10,7 @@ import pytest
 from llm_distill import __version__, loading
 from llm_distill.cli.main import main, split_overrides
 from llm_distill.errors import InputError
+from llm_distill.recipe import document
 from tests import on_disk
 from tests.cli.conftest import Cli
 
@@ -89,6 +90,16 @@ class TestArguments:
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
         )
         assert done.stdout.splitlines()[-1] == "set()"
+
+    def test_libraries_for_other_devices_are_not_heard(
+        self, content: dict[str, Any], tmp_path: Path
+    ) -> None:
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(document.dump(content), encoding="utf-8")
+        command = [sys.executable, "-m", "llm_distill", "check", str(recipe)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
 
     def test_bad_input_is_said_without_a_traceback(self, tmp_path: Path) -> None:
         command = [sys.executable, "-m", "llm_distill", "run", str(tmp_path / "no.yaml")]

@@ -83,3 +83,16 @@ def test_what_members_cannot_give_is_refused(content: dict[str, Any], models: Pa
     content["objectives"].append("AttentionMaps")
     with pytest.raises(InputError, match=r"attention of blocks .* is asked for; use Logits and"):
         planned(content)
+
+
+def test_quantised_members_are_planned_anywhere(content: dict[str, Any], models: Path) -> None:
+    """What a machine has to have for it is asked where it trains."""
+    small = {"Local": {"model": str(models / "teacher"), "quantize": "torchao_float8"}}
+    content["teacher"] = {"Ensemble": {"members": [small, str(models / "teacher")]}}
+    assert planned(content).teacher.depth == 4
+
+
+def test_an_unknown_way_to_quantise(content: dict[str, Any], models: Path) -> None:
+    content["teacher"] = {"Local": {"model": str(models / "teacher"), "quantize": "torchao_int9"}}
+    with pytest.raises(InputError, match=r"quantize.*torchao_int9.*torchao_int8"):
+        planned(content)

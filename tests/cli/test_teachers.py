@@ -1,6 +1,7 @@
 """Teachers of every kind from a recipe: trained, checked, and refused in words."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +92,34 @@ def test_a_map_of_several_teachers_is_refused(cli: Cli, models: Path) -> None:
     assert done.code == 2
     assert "HiddenStates maps layers of one of several teachers" in done.err
     assert cli("run", **sections).code == 0
+
+
+@pytest.mark.parametrize("word", ["bitsandbytes_4bit", "torchao_int8"])
+def test_a_quantised_teacher(cli: Cli, models: Path, tmp_path: Path, word: str) -> None:
+    """It says what it saves and adds; resumed, the figure is read."""
+    teacher = {"Local": {"model": str(models / "teacher"), "quantize": word}}
+    assert cli("check", teacher=teacher).code == 0
+    done = cli("run", "--training.save_strategy=steps", "--training.save_steps=1", teacher=teacher)
+    assert done.code == 0, done.err
+    assert re.search(rf"{word}, 0\.\d MB instead of 0\.\d MB", done.out)
+    assert f"{word} adds a KL of" in done.out
+    assert f"{word} adds a KL of" in (tmp_path / "out" / "README.md").read_text()
+    kept = tmp_path / "out" / "added_kl.json"
+    before = kept.stat().st_mtime_ns
+    resumed = cli("run", "--resume", "--training.max_steps=3", teacher=teacher)
+    assert resumed.code == 0, resumed.err
+    assert kept.stat().st_mtime_ns == before
+    assert f"{word} adds a KL of" in resumed.out
+
+
+def test_a_measurement_alone_is_no_training(cli: Cli, models: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "added_kl.json").write_text("{}", encoding="utf-8")
+    assert cli("run").code == 0
+
+
+def test_a_quantised_student(cli: Cli, models: Path) -> None:
+    student = {"Local": {"model": str(models / "student"), "quantize": "torchao_int8"}}
+    done = cli("check", student=student)
+    assert done.code == 2
+    assert "is for teachers" in done.err

@@ -93,6 +93,7 @@ def test_as_asked(shard: Any, size: int | None, launch: Launch, numbers: Any) ->
         ("tp", None, model(heads=25, kv_heads=25), NODE, "its 25 query heads; write shard: fsdp2"),
         ("tp", None, model(quantised=True), NODE, "quantised and cannot be cut into pieces"),
         ("auto", None, model(90 * GB, quantised=True), NODE, "its weights are quantised"),
+        ("auto", None, model(90 * GB, quantised=True, travels=False), ONE, "cannot wait elsewhere"),
         ("fsdp2", None, model(blocks=None), NODE, "blocks are not to be found"),
         ("auto", None, model(90 * GB, blocks=None), NODE, "write shard: replica to load it whole"),
     ],
@@ -100,6 +101,10 @@ def test_as_asked(shard: Any, size: int | None, launch: Launch, numbers: Any) ->
 def test_refused(shard: Any, size: int | None, facts: Facts, launch: Launch, message: str) -> None:
     with pytest.raises(InputError, match=message):
         choose(shard, size, facts, launch)
+
+
+def test_a_quantised_checkpoint_may_travel() -> None:
+    assert choose("auto", None, model(90 * GB, quantised=True), ONE).kind == "offload"
 
 
 def test_what_is_told() -> None:

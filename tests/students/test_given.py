@@ -77,6 +77,12 @@ class TestSpec:
             assert isinstance(spec, ModelSpec)
             assert {key: getattr(spec, key) for key in expected} == expected
 
+    def test_in_fewer_bits_it_is_refused(self, config: PreTrainedConfig, tmp_path: Path) -> None:
+        tiny.llama("student").save_pretrained(tmp_path)
+        student = Local(str(tmp_path), quantize="bitsandbytes_8bit")
+        with pytest.raises(InputError, match="is for teachers; a student is trained in all of its"):
+            student_spec(student, config)
+
     def test_its_name(self, config: PreTrainedConfig) -> None:
         assert student_spec(FromConfig("llama", SMALL), config).name == "FromConfig(llama)"
         assert student_spec(tiny.llama("student"), config).name == "LlamaForCausalLM"

@@ -1,6 +1,8 @@
 """A cached teacher in place of the teacher: the same training, in any order, on any ranks."""
 
 import os
+import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +25,7 @@ from llm_distill import (
 )
 from llm_distill.binding import make_batch
 from llm_distill.cache.estimators import hidden, hybrid, sampled, topk
+from llm_distill.cache.manifest import FILE, Manifest
 from llm_distill.cache.store import Store
 from llm_distill.caching import Capture, write_cache
 from llm_distill.collation import RowCollator
@@ -105,6 +108,23 @@ class TestSpec:
         with pytest.raises(InputError, match="is of revision None of its teacher, and the recipe"):
             _ = Cached(paths["topk"], of=of).spec
         assert Cached(paths["topk"], of=Local(tiny.llama("teacher"), revision="main")).spec
+
+    def test_one_in_other_bits(self, paths: dict[str, str], tmp_path: Path) -> None:
+        """A quantised teacher is another teacher."""
+        name = Cached(paths["topk"]).spec.name
+        of = Local(name, quantize="torchao_int8")
+        with pytest.raises(InputError, match=r"with all its bits, and the recipe says .* in torch"):
+            _ = Cached(paths["topk"], of=of).spec
+        small = tmp_path / "small"
+        shutil.copytree(paths["topk"], small)
+        manifest = replace(Manifest.read(small / FILE), quantised="torchao_int8")
+        manifest.write(small / FILE)
+        assert Cached(str(small), of=of).spec
+        assert Cached(str(small)).spec
+        with pytest.raises(
+            InputError, match=r"in torchao_int8, and the recipe .* with all its bits"
+        ):
+            _ = Cached(str(small), of=name).spec
 
     def test_the_same_as_the_recipe_says(self, paths: dict[str, str]) -> None:
         assert Cached(paths["topk"], of=Local(tiny.llama("teacher")), keep=caches.TOP).spec

@@ -317,3 +317,60 @@ class TestOncePerStep:
         teacher.model.register_forward_pre_hook(lambda *_: runs.append(1))
         source.prepare([batch()])
         assert not runs
+
+
+class TestQuantised:
+    """What it says on several processes: tests/test_quantised_exactness.py."""
+
+    def test_it_is_loaded_in_fewer_bits_and_says_so(self, tmp_path: Path) -> None:
+        tiny.llama("teacher").save_pretrained(tmp_path)
+        source = Local(str(tmp_path), quantize="torchao_int8").open(ALL, CPU)
+        assert source.told == (f"teacher {tmp_path}: torchao_int8, 0.2 MB instead of 0.7 MB",)
+        assert source.model is not None
+        kinds = {type(p.data).__name__ for p in source.model.parameters()}
+        assert kinds == {"Tensor", "Int8Tensor"}
+        source.close()
+
+    def test_the_config_stays_that_of_the_checkpoint(self, tmp_path: Path) -> None:
+        tiny.llama("teacher").save_pretrained(tmp_path)
+        spec = Local(str(tmp_path), quantize="bitsandbytes_4bit")
+        spec.open(ALL, CPU)
+        assert not hasattr(spec.config, "quantization_config")
+
+    def test_without_logits_the_upper_blocks_are_not_loaded(self, tmp_path: Path) -> None:
+        tiny.llama("teacher").save_pretrained(tmp_path)
+        spec = Local(str(tmp_path), quantize="bitsandbytes_8bit")
+        source = spec.open(Request(hidden=frozenset({1})), CPU)
+        assert isinstance(source.model, LlamaModel)
+        assert len(source.model.layers) == 2
+        weight = source.model.get_submodule("layers.1.mlp.up_proj").weight
+        assert type(weight).__name__ == "Int8Params"
+        assert source(batch()).states[1].isfinite().all()
+
+    def test_everything_else_has_the_dtype_that_was_asked_for(self, tmp_path: Path) -> None:
+        tiny.llama("teacher").save_pretrained(tmp_path)
+        spec = Local(str(tmp_path), quantize="bitsandbytes_4bit", dtype="bfloat16")
+        model = spec.open(ALL, CPU).model
+        assert model is not None
+        assert model.lm_head.weight.dtype is torch.bfloat16
+        assert model.model.layers[0].mlp.up_proj.compute_dtype is torch.bfloat16
+
+    def test_it_is_refused_before_weights_load(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tiny.llama("teacher").save_pretrained(tmp_path)
+        monkeypatch.setattr(loading, "load_model", None)
+        spec = Local(str(tmp_path), quantize="torchao_float8")
+        with pytest.raises(InputError, match=r"needs an NVIDIA GPU of compute capability 8\.9"):
+            DistillTrainer(
+                tiny.llama("student"),
+                spec,
+                args=tiny.arguments(tmp_path / "out"),
+                train_dataset=tiny.rows(),
+            )
+
+    def test_whole_it_may_lie_in_pieces_or_anywhere(self) -> None:
+        spec = Local("an/id", quantize="bitsandbytes_8bit", device_map={"": 0})
+        assert spec.unquantised == Local("an/id", device_map="auto")
+        spec = Local("an/id", quantize="torchao_int8", shard="replica")
+        assert spec.unquantised == Local("an/id")
