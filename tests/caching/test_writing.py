@@ -161,7 +161,7 @@ class TestRefused:
         assert not made.folder.exists()
 
     def test_a_sharded_teacher(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(writing, "DTensor", torch.nn.Parameter)  # as if
+        monkeypatch.setattr(writing, "in_pieces", lambda _: True)
         made = caches.capture(tmp_path)
         with pytest.raises(InputError, match=r"the teacher is sharded .* device_map: auto"):
             write_cache(made)
