@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 def is_partitioned(weight: Tensor) -> bool:
     """Whether ZeRO-3 has a weight in its care, gathered now or not."""
-    return "ds_id" in vars(weight)
+    # What DeepSpeed goes by, in a form that torch.compile reads.
+    return hasattr(weight, "ds_id")
 
 
 def is_piece(weight: Tensor) -> bool:

@@ -260,7 +260,7 @@ class TestRefused:
         assert not made.folder.exists()
 
     def test_a_sharded_teacher(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(writing, "in_pieces", lambda model: True)
+        monkeypatch.setattr(writing, "in_pieces", lambda _: True)
         made = caches.capture(tmp_path)
         with pytest.raises(InputError, match=r"the teacher is sharded .* device_map: auto"):
             write_cache(made)
