@@ -32,13 +32,16 @@ if TYPE_CHECKING:
     from llm_distill.teachers import Source
 
 CALIBRATION_EXAMPLES = 32
-"""Of the training data: what least squares and matched heads are decided on."""
+"""Of the training data: what matched heads, and projectors that were asked for, are decided on."""
 
 NOTHING = "projectors: random, there are no examples to calibrate on that can be read twice"
 """What a table says where `LATER` did not come."""
 
-PLENTY = 4
-"""Rows per feature of the student beyond which projectors fit no better for more."""
+ALONE = 128
+"""The same, where nobody asked for it and they are read one at a time."""
+
+PLENTY = 32
+"""Rows per feature of the student beyond which no more examples are read."""
 
 
 def calibrate(
@@ -70,26 +73,31 @@ def calibrate(
     reader = Reader(student, ours, f"student {run.student.name}")
     training = student.training
     student.eval()
+
+    def read(batch: Batch) -> Evidence:
+        return Evidence(batch, reader.read(batch), source(batch.for_teacher))
+
+    batches = list(_batches(run, args))
     with torch.no_grad():
-        shown = [
-            Evidence(batch, reader.read(batch), source(batch.for_teacher))
-            for batch in _batches(run, args)
-        ]
+        if batches:
+            evidence = replace(read(batches[0]), more=lambda: map(read, batches[1:]))
+            run = _bound(run, evidence, args)
     reader.release()
     student.train(training)
-    if not shown:
-        source.ask(run.teacher_request)
+    source.ask(run.teacher_request)
+    if not batches:
         for term in run.terms.values():
             term.notes = tuple(NOTHING if note == LATER else note for note in term.notes)
-        return run
-    evidence = replace(shown[0], more=tuple(shown[1:]))
+    return run
+
+
+def _bound(run: Run, evidence: Evidence, args: TrainingArguments) -> Run:
+    """The same run, its terms bound to what both models say."""
     specs = run.student, run.teacher.spec
     terms = binding.bind(run.objectives, *specs, seed=args.seed, evidence=evidence)
     for term in terms.values():
         _broadcast(term, args.device)
-    run = replace(run, terms=terms)
-    source.ask(run.teacher_request)
-    return run
+    return replace(run, terms=terms)
 
 
 def _mapped(
@@ -128,9 +136,8 @@ def _batches(run: Run, args: TrainingArguments) -> Iterator[Batch]:
     once = isinstance(dataset, TorchStream) and not isinstance(dataset, Stream)
     if dataset is None or (once and not asked):
         return
-    examples = [
-        readable(example, args, run.columns) for example in head(dataset, CALIBRATION_EXAMPLES)
-    ]
+    count = CALIBRATION_EXAMPLES if asked else ALONE
+    examples = [readable(example, args, run.columns) for example in head(dataset, count)]
     if asked and not examples:
         raise InputError(
             "train_dataset has no example to calibrate on; give it some, or write init: random and "

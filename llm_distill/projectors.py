@@ -4,6 +4,10 @@ A projector is a function of the two widths that returns a module; it is trained
 lives in the checkpoints, and is never part of the exported student.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -100,13 +104,72 @@ def orthogonal(student_width: int, teacher_width: int) -> nn.Module:
     return parametrizations.orthogonal(module, orthogonal_map="cayley")
 
 
-def fit(projector: nn.Module, student: Tensor, teacher: Tensor) -> float:
-    """Set a projector to its closed-form optimum: `[N, Ds], [N, Dt] -> residual share`.
+@dataclass
+class Moments:
+    """What a closed form needs of calibration rows, whose number it does not grow with.
+
+    Attributes:
+        rows: How many, N.
+        student: Sum of the student's rows, about `origin`: `[Ds]`.
+        teacher: The same of what they should become: `[Dt]`.
+        gram: `X^T X` about the origins: `[Ds, Ds]`.
+        cross: `Y^T X`: `[Dt, Ds]`.
+        square: `|Y|^2`.
+        origin: Means of the first rows: sums about 0 lose all digits where a mean is large.
+
+    >>> told = Moments.of(torch.eye(2), torch.ones(2, 3))
+    >>> told.add(torch.eye(2), torch.zeros(2, 3)).rows
+    4
+    """
+
+    rows: int
+    student: Tensor
+    teacher: Tensor
+    gram: Tensor
+    cross: Tensor
+    square: Tensor
+    origin: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, student: Tensor, teacher: Tensor) -> Moments:
+        """Of rows `[N, Ds]` and what they should become, `[N, Dt]`."""
+        x, y = student.detach().double(), teacher.detach().double()
+        ours, theirs = x.new_zeros(x.shape[1]), y.new_zeros(y.shape[1])
+        gram, cross = torch.outer(ours, ours), torch.outer(theirs, ours)
+        origin = (x.mean(0), y.mean(0)) if len(x) else (ours.clone(), theirs.clone())
+        return cls(0, ours, theirs, gram, cross, x.new_zeros(()), origin).add(student, teacher)
+
+    def add(self, student: Tensor, teacher: Tensor) -> Moments:
+        """The same, with further rows."""
+        x = student.detach().double() - self.origin[0]
+        y = teacher.detach().double() - self.origin[1]
+        self.rows += len(x)
+        self.student += x.sum(0)
+        self.teacher += y.sum(0)
+        self.gram.addmm_(x.T, x)
+        self.cross.addmm_(y.T, x)
+        self.square += y.square().sum()
+        return self
+
+    def centred(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`X^T X`, `Y^T X` and `|Y|^2` about the means."""
+        gram = self.gram - torch.outer(self.student, self.student) / self.rows
+        cross = self.cross - torch.outer(self.teacher, self.student) / self.rows
+        return gram, cross, self.square - self.teacher.square().sum() / self.rows
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Of the student's rows and of the teacher's."""
+        ours, theirs = self.origin
+        return ours + self.student / self.rows, theirs + self.teacher / self.rows
+
+
+def fit(projector: nn.Module, told: Moments) -> float:
+    """Set a projector to its closed-form optimum, and tell the share of the variance that is left.
 
     Args:
         projector: From `linear` or `orthogonal`; written in place.
-        student: Calibration rows.
-        teacher: What they should become.
+        told: Of calibration rows.
 
     Returns:
         The share of the teacher's variance that is left; above 1 only where an orthogonal map,
@@ -117,7 +180,7 @@ def fit(projector: nn.Module, student: Tensor, teacher: Tensor) -> float:
     """
     affine = checked_fit(projector)
     fitted = fit_procrustes if is_parametrized(affine, "weight") else fit_least_squares
-    return fitted(affine, student, teacher)
+    return fitted(affine, told)
 
 
 def checked_fit(projector: nn.Module) -> nn.Linear:
@@ -134,8 +197,8 @@ def checked_fit(projector: nn.Module) -> nn.Linear:
     )
 
 
-def fit_procrustes(projector: nn.Linear, student: Tensor, teacher: Tensor) -> float:
-    """Set an orthogonal projector to the nearest rigid map: `[N, Ds], [N, Dt] -> residual share`.
+def fit_procrustes(projector: nn.Linear, told: Moments) -> float:
+    """Set an orthogonal projector to the nearest rigid map, and tell the residual share.
 
     The bias takes the means; for the rest `W = V U^T` with `X^T Y = U S V^T`. That is the optimum
     unless the teacher is narrower: then it is the start of steps that never lose.
@@ -143,20 +206,23 @@ def fit_procrustes(projector: nn.Linear, student: Tensor, teacher: Tensor) -> fl
     Source: Schoenemann 1966 (orthogonal Procrustes); the steps: Bojanczyk and Lutoborski 1999, the
     unbalanced problem, here by majorisation.
     """
-    x, y = student.detach().double(), teacher.detach().double()
-    x_mean, y_mean = x.mean(0), y.mean(0)
-    x, y = x - x_mean, y - y_mean
-    weight = _polar(y.T @ x)
+    (x_mean, y_mean), (gram, cross, square) = told.means, told.centred()
+    weight = _polar(cross)
     if len(weight) < weight.shape[1]:
-        weight = _descend(weight, x, y)
+        weight = _descend(weight, gram, cross)
     # What torch completes a weight that is not square with is drawn: not from others' numbers.
     place = projector.bias.device
     devices = [place] if place.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         projector.weight = weight.to(projector.bias)
         projector.bias.copy_(y_mean - weight @ x_mean)
-    left = (y - x @ weight.T).square().sum() / y.square().sum().clamp_min(1e-30)
-    return float(left)
+    return _left(weight, gram, cross, square)
+
+
+def _left(weight: Tensor, gram: Tensor, cross: Tensor, square: Tensor) -> float:
+    """`|Y - X W^T|^2 / |Y|^2`."""
+    left = square - 2 * (weight * cross).sum() + (weight @ gram * weight).sum()
+    return float(left.clamp_min(0.0) / square.clamp_min(1e-30))
 
 
 def _polar(matrix: Tensor) -> Tensor:
@@ -166,13 +232,12 @@ def _polar(matrix: Tensor) -> Tensor:
     return nearest
 
 
-def _descend(weight: Tensor, x: Tensor, y: Tensor, *, steps: int = 100) -> Tensor:
+def _descend(weight: Tensor, gram: Tensor, cross: Tensor, *, steps: int = 100) -> Tensor:
     """Lower `|X W^T - Y|^2` over weights with orthonormal rows, which also choose a subspace.
 
     With `G = X^T X` the term `tr(W (G - lambda_max I) W^T)` is concave, so it lies below its
     tangent plane, and a step to the lowest point there is a polar factor.
     """
-    gram, cross = x.T @ x, y.T @ x
     slack = -gram
     slack.diagonal().add_(torch.linalg.matrix_norm(gram, 2))
     for _ in range(steps):
@@ -182,31 +247,23 @@ def _descend(weight: Tensor, x: Tensor, y: Tensor, *, steps: int = 100) -> Tenso
     return weight
 
 
-def fit_least_squares(
-    projector: nn.Linear, student: Tensor, teacher: Tensor, *, ridge: float = RIDGE
-) -> float:
-    """Set an affine projector to the ridge optimum: `[N, Ds], [N, Dt] -> residual share`.
+def fit_least_squares(projector: nn.Linear, told: Moments, *, ridge: float = RIDGE) -> float:
+    """Set an affine projector to the ridge optimum, and tell the residual share.
 
     Args:
         projector: Written in place; it needs a bias.
-        student: Calibration rows.
-        teacher: What they should become.
+        told: Of calibration rows.
         ridge: Penalty as a fraction of the mean variance of the student's features, so that fewer
             rows than features still give one well-conditioned answer.
 
     Returns:
         The share of the teacher's variance that is left, 0 (perfect) to 1.
     """
-    x, y = student.detach().double(), teacher.detach().double()
-    x_mean, y_mean = x.mean(0), y.mean(0)
-    x, y = x - x_mean, y - y_mean
-    gram = x.T @ x
+    (x_mean, y_mean), (gram, cross, square) = told.means, told.centred()
     penalty = ridge * gram.diagonal().mean().clamp_min(1e-12)
-    weight = torch.linalg.solve(
-        gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), x.T @ y
-    ).T
+    penalised = gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    weight = torch.linalg.solve(penalised, cross.T).T
     with torch.no_grad():
         projector.weight.copy_(weight)
         projector.bias.copy_(y_mean - weight @ x_mean)
-    left = (y - x @ weight.T).square().sum() / y.square().sum().clamp_min(1e-30)
-    return float(left)
+    return _left(weight, gram, cross, square)

@@ -22,6 +22,7 @@ from llm_distill import (
     DistillTrainer,
     HiddenStates,
     Logits,
+    calibration,
 )
 from llm_distill import heads as head_rules
 from llm_distill.calibration import CALIBRATION_EXAMPLES, calibrate
@@ -201,8 +202,11 @@ class TestCalibrated:
         before, after = self.run(tmp_path, Logits(), random)
         assert after is before
 
-    def test_projectors_are_fitted_one_example_at_a_time(self, tmp_path: Path) -> None:
-        """Until there are four rows per feature; asked for by name, to one batch of all."""
+    def test_projectors_are_fitted_one_example_at_a_time(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Until there are enough rows per feature; asked for by name, to one batch of all."""
+        monkeypatch.setattr(calibration, "PLENTY", 4)
         sizes: list[int] = []
 
         def noted(rows: list[Any]) -> Any:

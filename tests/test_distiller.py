@@ -17,7 +17,7 @@ from llm_distill.distiller import Distiller, free_memory
 from llm_distill.ledger import Ledger, Ranks
 from llm_distill.objectives import MEASURES
 from llm_distill.preparation import make_batch
-from llm_distill.projectors import fit_least_squares
+from llm_distill.projectors import Moments, fit_least_squares
 from llm_distill.rows import Batch, Step
 from llm_distill.signals import ModelSpec, Request
 from llm_distill.teachers.local import Local
@@ -247,7 +247,7 @@ def test_the_host_waits_for_no_tensor() -> None:
     assert float(terms["moving"].mix) == pytest.approx(0.7)
     waited.clear()
     with Watching():  # which does see a number that the package reads
-        fit_least_squares(torch.nn.Linear(1, 1), torch.rand(3, 1), torch.rand(3, 1))
+        fit_least_squares(torch.nn.Linear(1, 1), Moments.of(torch.rand(3, 1), torch.rand(3, 1)))
     assert waited == ["projectors.py"]
 
 

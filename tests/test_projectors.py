@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_distill.projectors import (
+    Moments,
     fit,
     fit_least_squares,
     fit_procrustes,
@@ -51,7 +52,7 @@ def test_linear_goes_from_the_student_to_the_teacher() -> None:
 def test_without_a_ridge_it_is_numpys_least_squares() -> None:
     x, y = data()
     projector = affine()
-    left = fit_least_squares(projector, x, y, ridge=0.0)
+    left = fit_least_squares(projector, Moments.of(x, y), ridge=0.0)
     design = np.concatenate([x.numpy(), np.ones((len(x), 1))], axis=1)
     solution, residuals, *_ = np.linalg.lstsq(design, y.numpy(), rcond=None)
     torch.testing.assert_close(projector.weight.detach(), torch.from_numpy(solution[:-1].T))
@@ -63,7 +64,7 @@ def test_without_a_ridge_it_is_numpys_least_squares() -> None:
 def test_the_ridge_shrinks_as_in_the_normal_equations() -> None:
     x, y = data()
     projector = affine()
-    fit_least_squares(projector, x, y, ridge=0.5)
+    fit_least_squares(projector, Moments.of(x, y), ridge=0.5)
     centred, target = (x - x.mean(0)).numpy(), (y - y.mean(0)).numpy()
     gram = centred.T @ centred
     penalty = 0.5 * np.trace(gram) / len(gram) * np.eye(len(gram))
@@ -76,25 +77,25 @@ def test_an_affine_teacher_is_met() -> None:
     x, _ = data()
     y = x @ torch.randn(6, 4, dtype=torch.float64) + 7
     projector = affine()
-    assert fit_least_squares(projector, x, y, ridge=1e-12) < 1e-15
+    assert fit_least_squares(projector, Moments.of(x, y), ridge=1e-12) < 1e-15
     torch.testing.assert_close(projector(x).detach(), y, rtol=1e-6, atol=1e-6)
 
 
 def test_the_share_left_is_that_of_the_projector() -> None:
     x, y = data()
     projector = affine()
-    left = fit_least_squares(projector, x, y)
+    left = fit_least_squares(projector, Moments.of(x, y))
     residual = (projector(x) - y).square().sum() / (y - y.mean(0)).square().sum()
     assert left == pytest.approx(residual.item(), rel=1e-9)
     assert 0 < left < 1
-    constant = fit_least_squares(affine(), torch.zeros_like(x), y)
+    constant = fit_least_squares(affine(), Moments.of(torch.zeros_like(x), y))
     assert constant == pytest.approx(1.0)
 
 
 def test_nothing_nearby_is_better() -> None:
     x, y = data()
     projector = affine()
-    fit_least_squares(projector, x, y, ridge=0.0)
+    fit_least_squares(projector, Moments.of(x, y), ridge=0.0)
     best = (projector(x) - y).square().sum()
     best.backward()
     assert projector.weight.grad is not None
@@ -105,7 +106,7 @@ def test_nothing_nearby_is_better() -> None:
 def test_fewer_rows_than_features_give_one_answer(rows: int) -> None:
     x, y = data(rows, student=16)
     projector = affine(16)
-    left = fit_least_squares(projector, x, y, ridge=1e-4)
+    left = fit_least_squares(projector, Moments.of(x, y), ridge=1e-4)
     assert left < 1e-4
     assert projector.weight.isfinite().all()
     torch.testing.assert_close(projector(x).detach(), y, rtol=1e-2, atol=1e-2)
@@ -117,8 +118,8 @@ def test_states_and_projectors_of_other_dtypes(dtype: torch.dtype) -> None:
     exact, projector = affine(), linear(6, 4)
     assert isinstance(projector, nn.Linear)
     x.requires_grad_()
-    left = fit_least_squares(projector, x.to(dtype), y.to(dtype))
-    assert left == pytest.approx(fit_least_squares(exact, x, y), rel=2e-2)
+    left = fit_least_squares(projector, Moments.of(x.to(dtype), y.to(dtype)))
+    assert left == pytest.approx(fit_least_squares(exact, Moments.of(x, y)), rel=2e-2)
     torch.testing.assert_close(
         projector.weight.detach().double(), exact.weight.detach(), rtol=5e-2, atol=5e-3
     )
@@ -208,15 +209,15 @@ class TestOrthogonal:
         truth, module = rigid(student, teacher), orthogonal(student, teacher).double()
         x = data(student=student)[0]
         y = (truth(x) + 7).detach()
-        left = fit(module, x, y)
-        assert left < (1e-20 if teacher >= student else 1e-6)
+        left = fit(module, Moments.of(x, y))
+        assert left < (1e-14 if teacher >= student else 1e-6)
         torch.testing.assert_close(module(x), y, rtol=1e-2, atol=1e-2)
 
     def test_no_turn_of_it_is_better(self, student: int, teacher: int) -> None:
         """On data without a solution: small rotations in every plane lose."""
         module = rigid(student, teacher)
         x, y = data(student=student, teacher=teacher)
-        left = fit(module, x, y)
+        left = fit(module, Moments.of(x, y))
         weight = module.weight.detach()
         assert crooked(weight) < 1e-12
         x, y = x - x.mean(0), y - y.mean(0)
@@ -239,15 +240,40 @@ class TestOrthogonal:
         torch.manual_seed(1)
         expected = torch.rand(3)
         torch.manual_seed(1)
-        fit_procrustes(module, x, y)
+        fit_procrustes(module, Moments.of(x, y))
         assert torch.equal(torch.rand(3), expected)
+
+
+class TestMoments:
+    def test_rows_may_come_in_parts(self) -> None:
+        """Far from zero as well, with parts of no rows, the first among them."""
+        x, y = data()
+        x, y = x + 1e4, y - 1e3
+        whole, parts = Moments.of(x, y), Moments.of(x[:3], y[:3])
+        for part in (slice(3, 3), slice(3, 11), slice(11, None)):
+            parts.add(x[part], y[part])
+        assert parts.rows == whole.rows == len(x)
+        centred = x - x.mean(0), y - y.mean(0)
+        naive = centred[0].T @ centred[0], centred[1].T @ centred[0], centred[1].square().sum()
+        for found in (whole, parts):
+            for one, other in zip(found.centred(), naive, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+            for one, other in zip(found.means, (x.mean(0), y.mean(0)), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+        late = Moments.of(x[:0], y[:0]).add(x, y)
+        torch.testing.assert_close(late.centred()[0], naive[0], rtol=1e-4, atol=1e-4)
+
+    def test_they_do_not_grow_with_the_rows(self) -> None:
+        x, y = data()
+        assert all(len(found) <= max(x.shape[1], y.shape[1]) for found in Moments.of(x, y).means)
+        assert Moments.of(x, y).cross.shape == (y.shape[1], x.shape[1])
 
 
 class TestFit:
     def test_linear_is_the_ridge_optimum(self) -> None:
         x, y = data()
         one, other = affine(), affine()
-        assert fit(one, x, y) == fit_least_squares(other, x, y)
+        assert fit(one, Moments.of(x, y)) == fit_least_squares(other, Moments.of(x, y))
         assert torch.equal(one.weight, other.weight)
 
     @pytest.mark.parametrize(
@@ -258,4 +284,4 @@ class TestFit:
     def test_others_have_no_closed_form(self, projector: nn.Module) -> None:
         name = type(projector).__name__
         with pytest.raises(ValueError, match=f"{name} has no closed-form optimum; write projector"):
-            fit(projector, *data())
+            fit(projector, Moments.of(*data()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from llm_distill.rows import Batch, RowKind, Step
 from llm_distill.signals import ModelSpec, Request, Signals
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from llm_distill.layers import LayerMap
     from llm_distill.losses.rowwise import RowTerm
@@ -44,23 +45,26 @@ class Evidence:
         batch: As the student reads it.
         student: What it says.
         teacher: What that says.
-        more: Further batches.
+        more: Reads further batches, one at a time: all of them would not fit into memory.
     """
 
     batch: Batch
     student: Signals
     teacher: Signals
-    more: tuple[Evidence, ...] = ()
+    more: Callable[[], Iterable[Evidence]] = tuple
 
     def member(self, number: int | None) -> Evidence:
         """The same, seen by the student and one of several teachers."""
-        more = tuple(each.member(number) for each in self.more)
-        return replace(self, teacher=self.teacher.member(number), more=more)
+        return replace(
+            self,
+            teacher=self.teacher.member(number),
+            more=lambda: (each.member(number) for each in self.more()),
+        )
 
-    @property
-    def every(self) -> tuple[Evidence, ...]:
-        """All batches."""
-        return (self, *self.more)
+    def every(self) -> Iterator[Evidence]:
+        """All batches; both models read them, so all ranks ask for them together."""
+        yield self
+        yield from self.more()
 
 
 class Term(nn.Module):

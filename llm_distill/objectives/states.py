@@ -177,24 +177,32 @@ class HiddenStatesTerm(Term):
                 projectors.checked_fit(projector)
             self.notes = (*self.notes, LATER)
             return
-        shown = [(each, pick(each.batch, self.choice)) for each in evidence.every]
-        first = self.mapping.rows[0].student
-        rows, width = torch.cat([p.gather(e.student.hidden(first, p.rows)) for e, p in shown]).shape
+        told = self._moments(evidence)
+        rows, width = told[0].rows, len(told[0].student)
         if not asked and rows < ENOUGH * width:
             few = f"{rows} rows at calibration are too few for {width} features"
             self.notes = (*self.notes, f"projectors: random, {few}")
             return
         check_evidence(rows, "HiddenStates")
-        for place, (row, projector) in enumerate(
-            zip(self.mapping.rows, self.projectors, strict=True)
-        ):
-            theirs = [self._theirs(place, row, e.teacher, p.for_teacher) for e, p in shown]
-            ours = [p.gather(e.student.hidden(row.student, p.rows)) for e, p in shown]
-            states, target = torch.cat(ours), torch.cat(theirs).detach()
-            left = projectors.fit(projector, states, target)
-            fit = f"least squares on {len(states)} rows leaves {left:.1%} of the variance"
+        for row, projector, moments in zip(self.mapping.rows, self.projectors, told, strict=True):
+            left = projectors.fit(projector, moments)
+            fit = f"least squares on {rows} rows leaves {left:.1%} of the variance"
             names = "+".join(str(layer) for layer, _ in row.teacher)
             self.notes = (*self.notes, f"projector {row.student} -> {names}: {fit}")
+
+    def _moments(self, evidence: Evidence) -> list[projectors.Moments]:
+        """What a fit needs of the rows of each pair, batch after batch."""
+        told: list[projectors.Moments] = []
+        for each in evidence.every():
+            picked = pick(each.batch, self.choice)
+            for place, row in enumerate(self.mapping.rows):
+                ours = picked.gather(each.student.hidden(row.student, picked.rows))
+                theirs = self._theirs(place, row, each.teacher, picked.for_teacher)
+                if len(told) == place:
+                    told.append(projectors.Moments.of(ours, theirs))
+                else:
+                    told[place].add(ours, theirs)
+        return told
 
     def _alone(self, student: Signals, teacher: Signals, picked: Picked) -> Tensor:
         """Root mean square distance of each segment's end, mean over segments, sum over items."""
