@@ -52,7 +52,8 @@ class HiddenStates(Mapped):
             each pair. By default none for equal widths and losses that relate rows, else linear.
         init: `random`, or `least_squares`: projectors start at the closed-form optimum of 32
             training examples. By default that, for `linear` and `orthogonal` ones without
-            `blockwise`, where these have twice as many rows as the student has features.
+            `blockwise`, of up to 128 examples read one by one: until there are 32 rows for each
+            feature of the student; with less than 2, they stay random.
         normalize: What both sides go through before the loss, row by row: `layer` (zero mean, unit
             variance; the residual stream grows with depth), `l2` (unit length), `none`. By default
             `layer`, and `none` for losses that relate rows.
