@@ -128,7 +128,7 @@ class Run:
             valid=binding.needs_valid(self.terms) or hints.keeps_valid(self.teacher),
             positions=self.tokenizers.positions(self.student, self.teacher.spec),
             theirs=None if retold is None else RowCollator(retold, shift=self.shift, valid=True),
-            named=recall.looks_up(self.teacher),
+            named=bool(recall.caches(self.teacher)),
             lookup=hints.lookup_of(self.teacher, self.opening_request),
             columns=self.columns,
         )

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from datasets import Dataset
-from rich.progress import track
 from torch.utils.data import IterableDataset as TorchStream
 
 from llm_distill import binding, mapping
 from llm_distill.cache import fingerprints
-from llm_distill.data import Collator
 from llm_distill.errors import InputError
-from llm_distill.keys import example_key
 from llm_distill.losses.planning import plan
 from llm_distill.losses.sparse import TopK
+from llm_distill.naming import names_of
 from llm_distill.objectives import HeadTerm, Logits
-from llm_distill.rows import IGNORED
-from llm_distill.teachers import Cached
+from llm_distill.teachers import Cached, Routed
 from llm_distill.teachers.cached_source import refuse_layers
 from llm_distill.vocabulary import find_difference
 
@@ -31,51 +24,28 @@ if TYPE_CHECKING:
 
     from llm_distill.cache.estimator import Estimator
     from llm_distill.collation import RowCollator
+    from llm_distill.naming import Named
     from llm_distill.objectives import Objective, Term
     from llm_distill.signals import ModelSpec
 
-PIECE = 1000
-"""Examples that are read from a table at a time."""
 
-MANY = 20_000
-"""Examples from which naming them shows a bar."""
+def caches(teacher: object, *, experts: bool = True) -> tuple[Cached, ...]:
+    """A cache, and those among what a teacher is made of.
 
-
-@dataclasses.dataclass(frozen=True)
-class Named:
-    """The examples of one split.
-
-    Attributes:
-        keys: In their order.
-        rows: Supervised rows of each.
-        lengths: Tokens of each.
+    Args:
+        teacher: Any.
+        experts: Those of a `Routed` too, which are asked about some examples alone.
     """
-
-    keys: Sequence[bytes]
-    rows: Sequence[int]
-    lengths: Sequence[int]
-
-    def facts(self) -> dict[str, Any]:
-        """What a manifest says of them."""
-        return {
-            "examples": len(self.keys),
-            "rows": sum(self.rows),
-            "longest": max(self.lengths, default=0),
-        }
-
-
-def looks_up(teacher: object) -> bool:
-    """Whether a teacher is a cache, or made of teachers of which one is."""
     if isinstance(teacher, Cached):
-        return True
+        return (teacher,)
     parts: Sequence[object] = ()
     if isinstance(teacher, Mapping):
         parts = tuple(teacher.values())
     elif isinstance(teacher, tuple | list):
         parts = teacher
-    elif dataclasses.is_dataclass(teacher):
+    elif dataclasses.is_dataclass(teacher) and (experts or not isinstance(teacher, Routed)):
         parts = tuple(vars(teacher)[field.name] for field in dataclasses.fields(teacher))
-    return any(looks_up(part) for part in parts)
+    return tuple(cache for part in parts for cache in caches(part, experts=experts))
 
 
 def check_objectives(
@@ -99,7 +69,6 @@ def check_objectives(
     Raises:
         InputError: Naming the objective and what to write.
     """
-    example = estimator.example()
     for objective, (name, term) in zip(objectives, terms.items(), strict=True):
         asked = term.teacher | mapping.requests([objective], student, teacher)[1]
         try:
@@ -107,6 +76,17 @@ def check_objectives(
             refuse_layers(asked, name, estimator, held)
         except ValueError as error:
             raise InputError(str(error)) from error
+    _check_terms(estimator, terms, student)
+
+
+def _check_terms(estimator: Estimator, terms: Mapping[str, Term], student: ModelSpec) -> None:
+    """Refuse terms on logits that need more of a row than is kept.
+
+    Raises:
+        InputError: Naming the term and what to write.
+    """
+    example = estimator.example()
+    for name, term in terms.items():
         if example is None or not (isinstance(term, HeadTerm) and term.teacher.logits):
             continue
         try:
@@ -124,35 +104,37 @@ def check(
     terms: Mapping[str, Term],
     student: ModelSpec,
 ) -> None:
-    """Refuse objectives that a cache cannot serve; any other teacher may pass.
+    """Refuse objectives that a cache, alone or among several teachers, cannot serve.
 
     Raises:
         InputError: Naming the objective or the signal, and what to write.
     """
-    if not isinstance(teacher, Cached):
-        return
-    manifest = teacher.store.manifest
-    held = () if manifest.layers is None else manifest.layers.layers
-    check_objectives(manifest.estimator, objectives, terms, student, teacher.spec, held)
-    if manifest.estimator.example() is not None and student.vocabulary < manifest.vocabulary:
-        raise InputError(
-            f"the cache {teacher.path} was written for students of {manifest.vocabulary} tokens "
-            f"and more, and {student.name} has {student.vocabulary}; write it anew with this recipe"
-        )
+    for cached in caches(teacher):
+        manifest = cached.store.manifest
+        if cached is teacher:
+            held = () if manifest.layers is None else manifest.layers.layers
+            check_objectives(manifest.estimator, objectives, terms, student, cached.spec, held)
+        _check_terms(manifest.estimator, terms, student)
+        if manifest.estimator.example() is not None and student.vocabulary < manifest.vocabulary:
+            raise InputError(
+                f"the cache {cached.path} was written for students of {manifest.vocabulary} tokens "
+                f"and more, and {student.name} has {student.vocabulary}; write it anew with this "
+                "recipe"
+            )
 
 
 def told(teacher: object, objectives: Sequence[Objective]) -> tuple[str, ...]:
-    """What a cache is, for the lines before a training; nothing for any other teacher."""
-    if not isinstance(teacher, Cached):
-        return ()
-    said = [f"teacher: the cache {teacher.path} of {teacher.store.manifest}"]
-    kept = teacher.store.manifest.estimator
+    """What each cache is, for the lines before a training; nothing for any other teacher."""
     warm = [o for o in objectives if isinstance(o, Logits) and o.temperature != 1]
-    if warm and isinstance(kept.example(), TopK):
-        said.append(
-            f"temperature {warm[0].temperature:g} on {kept}: the tail is tempered as one token, "
-            "which is an approximation; keep: hidden is exact"
-        )
+    said = []
+    for cached in caches(teacher):
+        kept = cached.store.manifest.estimator
+        said.append(f"teacher: the cache {cached.path} of {cached.store.manifest}")
+        if warm and isinstance(kept.example(), TopK):
+            said.append(
+                f"temperature {warm[0].temperature:g} on {kept}: the tail is tempered as one "
+                "token, which is an approximation; keep: hidden is exact"
+            )
     return tuple(said)
 
 
@@ -163,12 +145,12 @@ def check_data(
     collator: RowCollator,
     read: Callable[[Any], Any],
 ) -> None:
-    """Refuse files, tokenizers and examples that are not those of the cache.
+    """Refuse files, tokenizers and examples that are not those of a cache.
 
-    A stream, and data of a cache inside another teacher, are looked up batch by batch alone.
+    A stream, and data of an expert, are looked up batch by batch alone.
 
     Args:
-        teacher: Any; only a cache is looked at.
+        teacher: Any; only caches are looked at, alone or among several teachers.
         tokenizer: Of the run.
         datasets: By the names of Trainer's arguments.
         collator: Of the run.
@@ -177,66 +159,18 @@ def check_data(
     Raises:
         InputError: Saying what differs.
     """
-    if not isinstance(teacher, Cached):
-        return
-    teacher.check_files()
-    if tokenizer is not None:
-        _check_tokenizer(teacher, tokenizer)
-    for name, dataset in datasets.items():
+    for cached in caches(teacher):
+        cached.check_files()
+        if tokenizer is not None:
+            _check_tokenizer(cached, tokenizer)
+    everywhere = caches(teacher, experts=False)
+    for name, dataset in datasets.items() if everywhere else ():
         parts = dataset if isinstance(dataset, Mapping) else {name: dataset}
         for part, content in parts.items():
             if isinstance(content, Sized) and not isinstance(content, TorchStream):
-                label = name if part == name else f"{name}[{part}]"
-                _check_examples(teacher, label, names_of(content, collator, read))
-
-
-def names_of(dataset: Any, collator: RowCollator, read: Callable[[Any], Any]) -> Named:  # noqa: ANN401  what Trainer takes
-    """All examples of a dataset by name; from its columns where nothing else decides."""
-    plain = isinstance(dataset, Dataset) and set(dataset.column_names) <= {"input_ids", "labels"}
-    if plain and isinstance(collator.collator, Collator):
-        found = _from_columns(dataset, shift=collator.shift)
-    else:
-        found = _from_batches(dataset, collator, read)
-    shown = len(dataset) >= MANY and os.environ.get("RANK", "0") == "0"
-    bar = track(found, "looking at the data", total=len(dataset), transient=True, disable=not shown)
-    keys, rows, lengths = [], [], []
-    for key, count, length in bar:
-        keys.append(key)
-        rows.append(count)
-        lengths.append(length)
-    return Named(keys, rows, lengths)
-
-
-def _from_columns(dataset: Dataset, *, shift: bool) -> Iterator[tuple[bytes, int, int]]:
-    """Key, supervised rows and tokens of each example, some microseconds for one."""
-    table = dataset.with_format("arrow")
-    labelled = "labels" in dataset.column_names
-    for start in range(0, len(dataset), PIECE):
-        part = table[start : start + PIECE]
-        ids = part["input_ids"].combine_chunks()
-        tokens = ids.flatten().to_numpy()
-        labels = part["labels"].combine_chunks().flatten().to_numpy() if labelled else tokens
-        end = 0
-        for length in ids.value_lengths().to_pylist():
-            begin, end = end, end + length
-            marked = np.flatnonzero(labels[begin + shift : end] != IGNORED)
-            yield example_key(tokens[begin:end], marked), len(marked), length
-
-
-def _from_batches(
-    dataset: Any,  # noqa: ANN401  what Trainer takes
-    collator: RowCollator,
-    read: Callable[[Any], Any],
-) -> Iterator[tuple[bytes, int, int]]:
-    """The same by collating each example alone, which any dataset and collator can."""
-    naming = dataclasses.replace(collator, named=True, lookup=None)
-    for place in range(len(dataset)):
-        with torch.random.fork_rng(devices=[]):
-            batch = naming([read(dataset[place])])
-        found = batch["examples"]
-        mask = batch.get("attention_mask")
-        length = batch["input_ids"].shape[1] if mask is None else int((mask != 0).sum())
-        yield found.keys[0], found.rows[0], length
+                label, found = f"{name}[{part}]", names_of(content, collator, read)
+                for cached in everywhere:
+                    _check_examples(cached, name if part == name else label, found)
 
 
 def _check_tokenizer(teacher: Cached, tokenizer: PreTrainedTokenizerBase) -> None:

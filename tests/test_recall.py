@@ -16,17 +16,18 @@ from llm_distill import (
     Cached,
     CrossEntropy,
     DistillTrainer,
+    Ensemble,
     HiddenStates,
     Local,
     Logits,
     Relations,
+    Routed,
     Taid,
     recall,
     reverse_kl,
 )
 from llm_distill.cache.estimator import Estimator
 from llm_distill.cache.estimators import hidden, hybrid, sampled, topk
-from llm_distill.collation import RowCollator
 from llm_distill.data import Collator
 from llm_distill.errors import InputError
 from llm_distill.layers import uniform
@@ -45,7 +46,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def trainer(
-    folder: Path, path: str, objectives: Sequence[Objective] = (Logits(),), **changes: Any
+    folder: Path, teacher: Any, objectives: Sequence[Objective] = (Logits(),), **changes: Any
 ) -> DistillTrainer:
     given: dict[str, Any] = {
         "train_dataset": ROWS.select(range(24)),
@@ -54,9 +55,9 @@ def trainer(
         "model": tiny.llama("student"),
     }
     given |= changes
-    return DistillTrainer(
-        given.pop("model"), Cached(path), objectives, tiny.arguments(folder), **given
-    )
+    if isinstance(teacher, str):
+        teacher = Cached(teacher)
+    return DistillTrainer(given.pop("model"), teacher, objectives, tiny.arguments(folder), **given)
 
 
 @pytest.fixture(autouse=True)
@@ -239,6 +240,39 @@ class TestFiles:
             trainer(tmp_path, path)
 
 
+class TestAmongOthers:
+    """A cache that is one of several teachers is looked at as one alone, before weights load."""
+
+    def beside(self, path: str) -> Ensemble:
+        return Ensemble([Cached(path), Cached(path)])
+
+    def test_another_tokenizer(self, paths: dict[str, str], tmp_path: Path) -> None:
+        other = tiny.tokenizer()
+        other.add_tokens(["<new>"])
+        bigger = tiny.llama("student", vocabulary=140)
+        given: dict[str, Any] = {"processing_class": other, "model": bigger}
+        with pytest.raises(InputError, match="tokenizer"):
+            trainer(tmp_path, self.beside(paths["topk"]), **given)
+
+    def test_terms_that_it_cannot_serve(self, paths: dict[str, str], tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="Logits: the cache keeps 50 draws"):
+            trainer(tmp_path, self.beside(paths["sampled"]), [Logits(loss=reverse_kl)])
+
+    def test_other_examples(self, paths: dict[str, str], tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="examples are not in the cache"):
+            trainer(
+                tmp_path,
+                self.beside(paths["topk"]),
+                train_dataset=tiny.rows(40).select(range(33, 40)),
+            )
+
+    def test_those_of_an_expert_are_looked_up_later(self, paths: dict[str, str]) -> None:
+        routed = Routed({"a": Cached(paths["topk"]), "b": Cached(paths["topk"])}, by="kind")
+        assert len(recall.caches(routed)) == 2
+        assert recall.caches(routed, experts=False) == ()
+        assert len(recall.caches(Ensemble([routed, Cached(paths["topk"])]), experts=False)) == 1
+
+
 @dataclass(frozen=True)
 class Both:
     """A teacher made of teachers."""
@@ -248,21 +282,11 @@ class Both:
 
 def test_who_looks_up(paths: dict[str, str]) -> None:
     cached, local = Cached(paths["topk"]), Local(tiny.llama("teacher"))
-    assert recall.looks_up(cached)
-    assert recall.looks_up(Both((local, cached)))
-    assert recall.looks_up(Both(({"math": cached},)))
-    assert not recall.looks_up(local)
-    assert not recall.looks_up(Both((local,)))
-
-
-@pytest.mark.parametrize("shift", [True, False])
-def test_names_from_columns_are_those_of_batches(shift: bool) -> None:
-    collator = RowCollator(Collator(pad_token_id=0), shift=shift, valid=False)
-    own = RowCollator(partial(_pad), shift=shift, valid=False)
-    for data in (ROWS, ROWS.select([5, 1, 30]), ROWS.remove_columns("labels")):
-        ours, theirs = (recall.names_of(data, c, dict) for c in (collator, own))
-        assert ours == theirs
-        assert ours.facts()["examples"] == len(data)
+    assert recall.caches(cached)
+    assert recall.caches(Both((local, cached)))
+    assert recall.caches(Both(({"math": cached},)))
+    assert not recall.caches(local)
+    assert not recall.caches(Both((local,)))
 
 
 def _pad(examples: Sequence[Any], token: int = 0) -> dict[str, torch.Tensor]:

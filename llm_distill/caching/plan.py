@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import IterableDataset as TorchStream
 from transformers import TrainingArguments
 
-from llm_distill import binding, hints, recall
+from llm_distill import binding, hints, naming
 from llm_distill.cache import frames
 from llm_distill.cache.layers import Layers
 from llm_distill.errors import InputError
@@ -24,8 +24,8 @@ from llm_distill.teachers import Cached
 if TYPE_CHECKING:
     from llm_distill.cache.estimator import Estimator
     from llm_distill.cache.frames import Frame
+    from llm_distill.naming import Named
     from llm_distill.objectives import Objective
-    from llm_distill.recall import Named
 
 SHARD_BYTES = 64 << 20
 """Of a shard, about: what a killed run loses at most, for each rank."""
@@ -151,7 +151,7 @@ class Capture:
         """All examples of each split by name."""
         read = partial(readable, args=self.args)
         return {
-            name: recall.names_of(dataset, self.run.collator, read)
+            name: naming.names_of(dataset, self.run.collator, read)
             for name, dataset in self.datasets.items()
         }
 
