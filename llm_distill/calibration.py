@@ -77,7 +77,7 @@ def calibrate(
     def read(batch: Batch) -> Evidence:
         return Evidence(batch, reader.read(batch), source(batch.for_teacher))
 
-    batches = list(_batches(run, args))
+    batches = _on_all_ranks(list(_batches(run, args)), args.device)
     with torch.no_grad():
         if batches:
             evidence = replace(read(batches[0]), more=lambda: map(read, batches[1:]))
@@ -89,6 +89,15 @@ def calibrate(
         for term in run.terms.values():
             term.notes = tuple(NOTHING if note == LATER else note for note in term.notes)
     return run
+
+
+def _on_all_ranks(batches: list[Batch], device: torch.device) -> list[Batch]:
+    """As many batches as every rank has: a teacher in pieces is asked by all of them together."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return batches
+    least = torch.tensor(len(batches), device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return batches[: int(least)]
 
 
 def _bound(run: Run, evidence: Evidence, args: TrainingArguments) -> Run:
@@ -136,7 +145,9 @@ def _batches(run: Run, args: TrainingArguments) -> Iterator[Batch]:
     once = isinstance(dataset, TorchStream) and not isinstance(dataset, Stream)
     if dataset is None or (once and not asked):
         return
-    count = CALIBRATION_EXAMPLES if asked else ALONE
+    # A short training of a race would spend as much on calibration as on its steps.
+    raced = isinstance(run.teacher, race.Opened)
+    count = CALIBRATION_EXAMPLES if asked or raced else ALONE
     examples = [readable(example, args, run.columns) for example in head(dataset, count)]
     if asked and not examples:
         raise InputError(

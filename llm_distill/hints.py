@@ -16,7 +16,7 @@ from llm_distill.cache.lookup import Lookup
 from llm_distill.errors import InputError
 from llm_distill.layers import LayerMap, looks
 from llm_distill.layers.map import Row
-from llm_distill.objectives import Mapped, Objective, Term, named
+from llm_distill.objectives import AttentionMaps, Mapped, Objective, Relations, Term, named
 from llm_distill.objectives.checks import describe_function
 from llm_distill.signals import Request
 from llm_distill.teachers import Cached, leaves
@@ -84,9 +84,11 @@ def settled(
         decided, owner = teacher.store.manifest.maps, f"the cache {teacher.path}"
     found: list[Objective] = []
     for name, objective in named(objectives).items():
-        if isinstance(objective, Mapped) and _of_cache(teacher, objective.member):
+        attention = isinstance(objective, AttentionMaps | Relations)  # refused, whatever their maps
+        reads = isinstance(objective, Mapped) and not attention
+        if reads and _of_cache(teacher, cast("Mapped", objective).member):
             refuse_lookers([objective])
-            found.append(with_map(name, objective, decided, student, owner))
+            found.append(with_map(name, cast("Mapped", objective), decided, student, owner))
         else:
             found.append(objective)
     return tuple(found)
@@ -209,7 +211,7 @@ def check_rows(teacher: Teacher, terms: Mapping[str, Term]) -> None:
     for name, term in terms.items():
         if not (term.teacher.hidden and _reads_all(term)):
             continue
-        for leaf in leaves(teacher):
+        for leaf in leaves(_read(teacher, term.member)):
             kept = leaf.store.manifest.layers if isinstance(leaf, Cached) else None
             if isinstance(leaf, Cached) and kept is not None and kept.rows == "supervised":
                 raise InputError(
@@ -248,9 +250,13 @@ def check_asked(
 
 def _of_cache(teacher: Teacher, member: int | None) -> bool:
     """Whether the layers of a teacher, or of one of several, are those of a cache."""
+    return any(isinstance(leaf, Cached) for leaf in leaves(_read(teacher, member)))
+
+
+def _read(teacher: Teacher, member: int | None) -> Teacher:
+    """The one of several teachers whose layers are read."""
     several = isinstance(teacher, Composite) and member is not None
-    asked = cast("Composite", teacher).teachers[cast("int", member)] if several else teacher
-    return any(isinstance(leaf, Cached) for leaf in leaves(asked))
+    return cast("Composite", teacher).teachers[cast("int", member)] if several else teacher
 
 
 def _reads_all(term: Term) -> bool:

@@ -15,7 +15,7 @@ from llm_distill.losses.softmax import log_softmax
 from llm_distill.signals import Dense, Distribution, Factored, Whole
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from llm_distill.losses.blending import Combined
 
@@ -72,3 +72,15 @@ def _agreement(student: Tensor, teacher: Tensor | None, labels: Tensor, *, commo
     del labels
     theirs = cast("Tensor", teacher)[:, :common].argmax(-1)
     return (student[:, :common].argmax(-1) == theirs).to(student.dtype)
+
+
+def of_few_tokens(figures: Mapping[str, float]) -> bool:
+    """Whether the KL of an evaluation is that on the tokens which a sparse teacher told.
+
+    Such a teacher has no agreement. Its KL takes all other tokens for one, and is lower than that
+    on all of them (higher for drawn tokens).
+
+    >>> of_few_tokens({"eval_kl": 1.2}), of_few_tokens({"eval_kl": 1.6, "eval_agreement": 0.4})
+    (True, False)
+    """
+    return "eval_kl" in figures and "eval_agreement" not in figures

@@ -20,6 +20,7 @@ from llm_distill import schedules
 from llm_distill.card import CardFacts, DataFacts, ModelFacts, ObjectiveFacts, origin_of
 from llm_distill.objectives import named
 from llm_distill.students import FromConfig, FromTeacher
+from llm_distill.teachers import Cached
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,9 +89,10 @@ def model_facts(model: Student | Teacher, spec: ModelSpec, weights: nn.Module | 
         return ModelFacts(name=f"blocks {blocks}", origin="cut", parameters=size)
     config = getattr(model, "config", None)
     revision = cast("str | None", getattr(config, "_commit_hash", None))
-    return ModelFacts(
-        name=spec.name, origin=origin_of(spec.name), revision=revision, parameters=size
-    )
+    origin = origin_of(spec.name)
+    if isinstance(model, Cached) and "/" not in spec.name:
+        origin = "local"  # of a path its manifest has the last part
+    return ModelFacts(name=spec.name, origin=origin, revision=revision, parameters=size)
 
 
 def _parameters(weights: nn.Module) -> int:

@@ -292,6 +292,17 @@ class TestCalibrated:
         a, b = (run.terms["HiddenStates"].state_dict() for run in (whole, first))
         assert all(torch.equal(a[key], b[key]) for key in a)
 
+    def test_ranks_read_as_much_as_the_one_with_least(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A teacher in pieces is asked by all ranks together."""
+        batches: Any = [object() for _ in range(5)]
+        device = torch.device("cpu")
+        assert calibration._on_all_ranks(batches, device) is batches
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(dist, "all_reduce", lambda tensor, op: tensor.fill_(3))
+        assert calibration._on_all_ranks(batches, device) == batches[:3]
+
     def test_rank_0_decides_for_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Every tensor of every term, projectors and matched heads, becomes what rank 0 sends."""
         _, alone = self.run(tmp_path, *self.OBJECTIVES)
@@ -303,6 +314,7 @@ class TestCalibrated:
             tensor.fill_(3)
 
         monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(dist, "all_reduce", lambda tensor, op: None)
         monkeypatch.setattr(dist, "broadcast", broadcast)
         _, run = self.run(tmp_path, *self.OBJECTIVES)
         states = [term.state_dict() for term in run.terms.values()]

@@ -201,6 +201,18 @@ class TestRows:
         with pytest.raises(InputError, match=message):
             trainer(tmp_path, team, HiddenStates(layers=PAIRS, rows="valid", member=1))
 
+    def test_those_of_another_member(self, paths: dict[str, str]) -> None:
+        """A hint of one member asks nothing of another one's cache."""
+        both = Ensemble([Local(tiny.llama("teacher")), Cached(paths["supervised"])])
+        for member, refused in ((0, False), (1, True)):
+            hint = HiddenStates(layers=uniform, member=member, rows="valid")
+            terms = bind([hint], STUDENT, both.spec, seed=0)
+            if refused:
+                with pytest.raises(InputError, match="and all valid tokens are asked for"):
+                    hints.check_rows(both, terms)
+            else:
+                hints.check_rows(both, terms)
+
     def test_more_than_are_asked_for(self, paths: dict[str, str], tmp_path: Path) -> None:
         made = trainer(tmp_path, Cached(paths["valid"]), HiddenStates(layers=PAIRS))
         assert made.run.collator.valid

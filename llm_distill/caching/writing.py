@@ -62,7 +62,7 @@ def write_cache(capture: Capture, *, overwrite: bool = False) -> Manifest:
             f"{run.tokenizers.difference}; a cache is read token by token, which needs one "
             "vocabulary"
         )
-    done = (capture.folder / FILE).is_file()
+    done = not overwrite and (capture.folder / FILE).is_file()
     if not done:
         check_disk(capture)
     wanted = run.opening_request.hidden if capture.cached.states else frozenset[int]()

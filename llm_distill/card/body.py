@@ -15,7 +15,7 @@ from llm_distill.card.facts import (
     is_repo_id,
     shown,
 )
-from llm_distill.card.metadata import FIGURES
+from llm_distill.card.metadata import FIGURES, label_of
 
 __all__ = ["body"]
 
@@ -84,8 +84,9 @@ def _figures(facts: CardFacts) -> str:
     """Teacher and student side by side, and where that was measured."""
     figures = facts.evaluation
     rows = [("Parameters", _count(facts.teacher.parameters), _count(facts.student.parameters))]
-    for key, label in FIGURES.items():
+    for key in FIGURES:
         if key in figures:
+            label = label_of(key, figures)
             teacher = figures.get(key.replace("eval_", "eval_teacher_"))
             rows.append((label, _figure(key, teacher), _figure(key, figures[key])))
     table = _table(("", "Teacher", "Student"), rows)

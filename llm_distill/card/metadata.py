@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from huggingface_hub import EvalResult, ModelCardData
 
 from llm_distill.card.facts import CardFacts, base, is_linked, shown, slug
+from llm_distill.measures import of_few_tokens
 
 __all__ = ["metadata"]
 
@@ -17,6 +18,9 @@ FIGURES: Mapping[str, str] = {
     "eval_agreement": "Top-1 agreement with the teacher",
     "eval_loss": "Weighted sum of the objectives",
 }
+
+FEW = "KL on the tokens that the teacher told alone, nats per token"
+"""What `eval_kl` is where the teacher told a few tokens of each row."""
 
 KNOWN_LICENSES = """
     afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m
@@ -54,6 +58,11 @@ def metadata(facts: CardFacts) -> ModelCardData:
     return card
 
 
+def label_of(key: str, figures: Mapping[str, float]) -> str:
+    """A figure in words."""
+    return FEW if key == "eval_kl" and of_few_tokens(figures) else FIGURES[key]
+
+
 def _license(licence: str | None) -> str | None:
     """The student's licence is that of its base; the Hub has `other` for those it does not list."""
     return licence if licence is None or licence in LICENSES else "other"
@@ -70,9 +79,9 @@ def _results(facts: CardFacts) -> list[EvalResult]:
             dataset_type=name if data is not None and is_linked(data) else slug(name),
             dataset_name=name + part,
             metric_type=key.removeprefix("eval_"),
-            metric_name=label,
+            metric_name=label_of(key, facts.evaluation),
             metric_value=float(facts.evaluation[key]),
         )
-        for key, label in FIGURES.items()
+        for key in FIGURES
         if math.isfinite(facts.evaluation.get(key, math.nan))
     ]

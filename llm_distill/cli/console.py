@@ -10,6 +10,7 @@ from llm_distill import schedules
 from llm_distill.balance import Balance
 from llm_distill.layers import LayerEvidence, LayerMap, Similarity
 from llm_distill.layers.map import target
+from llm_distill.measures import of_few_tokens
 from llm_distill.objectives import Objective, Term, named
 from llm_distill.plots import segments
 from llm_distill.signals import ModelSpec
@@ -90,7 +91,10 @@ class Screen:
         table = _table(title, "")
         order = [*(key for key in FIGURES if key in metrics), *sorted(metrics.keys() - FIGURES)]
         for key in order:
-            table.add_row(FIGURES.get(key, key.removeprefix("eval_")), f"{metrics[key]:,.4g}")
+            label = FIGURES.get(key, key.removeprefix("eval_"))
+            if key == "eval_kl" and of_few_tokens(metrics):
+                label = "KL on the tokens that the teacher told alone, nats per token"
+            table.add_row(label, f"{metrics[key]:,.4g}")
         self._console.print(table)
 
 

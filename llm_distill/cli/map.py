@@ -17,6 +17,7 @@ from llm_distill.cli.reading import open_screen
 from llm_distill.errors import InputError
 from llm_distill.layers import LayerMap, asks
 from llm_distill.objectives import HiddenStates, Mapped
+from llm_distill.recall import caches
 from llm_distill.recipe import Recipe
 
 
@@ -42,6 +43,8 @@ def map_layers(
     args = recipe.arguments(**({} if folder is None else {"output_dir": folder}))
     screen = open_screen(args)
     planned = plan(recipe, args)
+    # A cache holds the states of one map, which was decided when it was written.
+    reads = reads and not caches(recipe.teacher)
     decided = of_data(recipe, args, planned, screen) if reads else of_configs(planned)
     maps = {name: o.mapping(planned.student, planned.teacher) for name, o in decided.after.items()}
     for line in decided.told:

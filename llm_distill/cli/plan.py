@@ -20,6 +20,7 @@ from llm_distill.recipe import Recipe
 from llm_distill.signals import ModelSpec
 from llm_distill.students import refuse_adapted_head, student_spec, teacher_for
 from llm_distill.teachers import Local, Teacher, has_device_map, leaves
+from llm_distill.teachers.members import Composite
 from llm_distill.vocabulary import Tokenizers, check_alignment, settle_tokenizers
 
 
@@ -87,10 +88,12 @@ def plan(recipe: Recipe, args: TrainingArguments) -> Plan:
             f"neither {student.name} nor {teacher.name} has a tokenizer beside it; write teacher: "
             f"{{Local: {{model: {teacher.name}, tokenizer: …}}}}"
         )
+    compared = recipe.data.eval is not None and tokenizers.theirs is None
+    request = binding.opening_request(objectives, terms, (student, teacher), compared=compared)
     if not _asks_for_a_launch(recipe.teacher):
-        compared = recipe.data.eval is not None and tokenizers.theirs is None
-        request = binding.opening_request(objectives, terms, (student, teacher), compared=compared)
         recipe.teacher.check(request, args.device)
+    elif isinstance(recipe.teacher, Composite):
+        recipe.teacher.check_together(request)
     return Plan(student, teacher, objectives, terms, balance, tokenizers, causal)
 
 

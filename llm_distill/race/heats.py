@@ -24,7 +24,8 @@ from llm_distill.errors import InputError
 from llm_distill.race.candidates import with_arm
 from llm_distill.race.examples import collator_copy, held_out, total_steps
 from llm_distill.teachers import Source, Teacher
-from llm_distill.teachers.members import Composite, form_of
+from llm_distill.teachers.forms import form_of
+from llm_distill.teachers.members import Composite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -69,6 +70,10 @@ class Opened(Composite):
     def spec(self) -> ModelSpec:
         """Of its model."""
         return self.teacher.spec
+
+    def check_together(self, request: Request) -> None:
+        """Nothing to refuse: it is at work."""
+        del request
 
     def form(self) -> str | None:
         """As the teacher."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from llm_distill import loading
 from llm_distill.errors import InputError
@@ -118,15 +118,23 @@ class FromTeacher:
         Raises:
             InputError: If the teacher has no weights here, or if they cannot be copied.
         """
+        self.check_teacher(teacher)
+        made = self.resolve(teacher.config)
+        found = Provenance.read(made)
+        assert found is not None
+        return copied(cast("Local", teacher), made, found.blocks, self.dtype)
+
+    def check_teacher(self, teacher: Teacher) -> None:
+        """Refuse a teacher without weights here.
+
+        Raises:
+            InputError: Saying what to write.
+        """
         if not isinstance(teacher, Local):
             raise InputError(
                 f"{self}: the teacher is a {type(teacher).__name__}, whose weights are not here to "
                 "be copied; write teacher: {Local: …}, or another student"
             )
-        made = self.resolve(teacher.config)
-        found = Provenance.read(made)
-        assert found is not None
-        return copied(teacher, made, found.blocks, self.dtype)
 
 
 def _check_word(word: str) -> None:

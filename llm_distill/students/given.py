@@ -81,6 +81,8 @@ def teacher_for(student: Student, teacher: Teacher, *, adapted: bool = False) ->
     Raises:
         InputError: For a student that is made for a teacher, or one that this cannot be made of.
     """
+    if isinstance(student, FromTeacher) and not isinstance(teacher, Itself):
+        student.check_teacher(teacher)
     if not isinstance(teacher, Itself):
         return teacher
     if isinstance(student, Made):

@@ -137,7 +137,8 @@ def refuse_layers(
         ValueError: Naming the signal and the layers.
     """
     states = f", and hidden states {', '.join(map(str, held))}" if held else ""
-    instead = "keep to CrossEntropy and Logits, or write teacher: {Local: …}"
+    keep = "CrossEntropy, Logits and objectives on these" if held else "CrossEntropy and Logits"
+    instead = f"keep to {keep}, or write teacher: {{Local: …}}"
     again = "run llm-distill cache on this recipe with " + (
         "another path" if held else "states: true in Cached"
     )

@@ -14,12 +14,12 @@ from llm_distill.losses.blending import Blend, Confidence, Mode
 from llm_distill.losses.several import Several, Sparse
 from llm_distill.signals import ModelSpec, Request, Signals
 from llm_distill.teachers.base import Source, Teacher
+from llm_distill.teachers.forms import UNKNOWN, forms
 from llm_distill.teachers.members import (
     Composite,
     as_teachers,
     check_turns,
     common_spec,
-    forms,
     opened,
     part_of,
 )
@@ -112,6 +112,16 @@ class Ensemble(Composite):
         Raises:
             InputError: As the members.
         """
+        self.check_together(request)
+        for k, member in enumerate(self.teachers):
+            member.check(_share_of(request, k), device)
+
+    def check_together(self, request: Request) -> None:
+        """Refuse what cannot be combined, what cannot take turns, and layers of nobody.
+
+        Raises:
+            InputError: Saying what to write.
+        """
         if self.turns:
             check_turns(self.teachers)
         if request.logits:
@@ -120,8 +130,6 @@ class Ensemble(Composite):
             _refuse_nobody(request, self.spec.name)
         except ValueError as error:
             raise InputError(str(error)) from error
-        for k, member in enumerate(self.teachers):
-            member.check(_share_of(request, k), device)
 
     def form(self) -> str | None:
         """Which few tokens of each row are told, if not all.
@@ -130,8 +138,8 @@ class Ensemble(Composite):
             InputError: For members whose answers cannot be combined.
         """
         found = forms("Ensemble", self.teachers)
-        if found[0] is None:
-            return None
+        if None in found or UNKNOWN in found:
+            return UNKNOWN if UNKNOWN in found else None
         if self.mode != "mixture" or self.confidence is not None:
             what = f"mode: {self.mode}" if self.confidence is None else "confidence"
             raise InputError(

@@ -194,7 +194,7 @@ class Local:
             quantising.check(self.quantize, bare, self.name, device, self.device_map)
             if self.measure_quantize and request.logits:
                 with quantising.measuring(self.quantize):
-                    self.unquantised._placed(Request(logits=True), device)
+                    self.unquantised.check(Request(logits=True), device)
         placement, _ = self._placed(request, device)
         if zero.is_zero3() and (self.device_map is not None or placement.kind == "offload"):
             raise InputError(

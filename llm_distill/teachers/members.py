@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from llm_distill.cache.kinds import Top
 from llm_distill.errors import InputError
 from llm_distill.losses.blending import Blend, Part, Switch
 from llm_distill.pieces import in_pieces
 from llm_distill.signals import Dense, Distribution, Factored, Head, ModelSpec
-from llm_distill.teachers.cached import Cached
 from llm_distill.teachers.local import Local
-from llm_distill.teachers.remote import Remote
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +34,14 @@ class Composite(ABC):
         """Those it is made of."""
 
     @abstractmethod
+    def check_together(self, request: Request) -> None:
+        """Refuse what cannot be asked of these members on any machine.
+
+        Raises:
+            InputError: Saying what to write.
+        """
+
+    @abstractmethod
     def form(self) -> str | None:
         """As `form_of`.
 
@@ -49,47 +54,6 @@ def has_device_map(teacher: object) -> bool:
     """Whether a teacher may lie on several devices of this process."""
     every = leaves(cast("Teacher", teacher))
     return any(isinstance(leaf, Local) and leaf.device_map is not None for leaf in every)
-
-
-LIKELIEST = "the likeliest"
-"""How the form of top-k targets begins."""
-
-
-def form_of(teacher: Teacher) -> str | None:
-    """Which few tokens of each row a teacher tells; None where it tells all, or nobody knows yet.
-
-    >>> form_of(Remote("http://gpu-box:8000", "an/id", 20))
-    'the likeliest 20'
-    """
-    if isinstance(teacher, Composite):
-        return teacher.form()
-    if isinstance(teacher, Remote):
-        return f"{LIKELIEST} {teacher.top_k}"
-    if not isinstance(teacher, Cached):
-        return None
-    kept = teacher.store.manifest.estimator
-    if isinstance(kept, Top):
-        return f"{LIKELIEST} {kept.k}"
-    return None if kept.example() is None else str(kept)
-
-
-def forms(owner: str, teachers: Sequence[Teacher]) -> list[str | None]:
-    """Those of members, of which all or none tell a few tokens.
-
-    Raises:
-        InputError: For some that do and some that do not.
-    """
-    found = [form_of(teacher) for teacher in teachers]
-    if None in found and any(found):
-        named = ", ".join(
-            f"{teacher.spec.name} tells {form or 'all tokens'}"
-            for teacher, form in zip(teachers, found, strict=True)
-        )
-        raise InputError(
-            f"{owner}: {named} of each row, and the two cannot be one distribution; take members "
-            "that tell all (Local, Cached with keep: hidden), or only such that tell a few"
-        )
-    return found
 
 
 HOME = torch.device("cpu")

@@ -16,13 +16,12 @@ from llm_distill.pieces import in_pieces
 from llm_distill.signals import Request, Signals
 from llm_distill.teachers.base import Source, Teacher
 from llm_distill.teachers.ensemble import EnsembleSource
+from llm_distill.teachers.forms import common_form
 from llm_distill.teachers.members import (
-    LIKELIEST,
     Composite,
     as_teachers,
     check_turns,
     common_spec,
-    forms,
     opened,
     part_of,
 )
@@ -103,6 +102,16 @@ class Routed(Composite):
         Raises:
             InputError: Naming them.
         """
+        self.check_together(request)
+        for teacher in self.teachers:
+            teacher.check(request, device)
+
+    def check_together(self, request: Request) -> None:
+        """Refuse what experts do not share, and what cannot take turns.
+
+        Raises:
+            InputError: Saying what to write.
+        """
         if self.turns:
             check_turns(self.teachers)
         if request.logits:
@@ -111,8 +120,6 @@ class Routed(Composite):
             self._check(request)
         except ValueError as error:
             raise InputError(str(error)) from error
-        for teacher in self.teachers:
-            teacher.check(request, device)
 
     def form(self) -> str | None:
         """Which few tokens of each row are told, if not all.
@@ -120,18 +127,7 @@ class Routed(Composite):
         Raises:
             InputError: For experts that tell other ones: their rows are one table.
         """
-        found = forms("Routed", self.teachers)
-        alike = len(set(found)) == 1 and (found[0] or LIKELIEST).startswith(LIKELIEST)
-        if not alike:
-            told = ", ".join(
-                f"{name}: {form}" for name, form in zip(self.names, found, strict=True)
-            )
-            raise InputError(
-                f"Routed: its experts tell a few tokens of each row ({told}), and their rows are "
-                "one table; let all tell the same number of likeliest ones, or all tokens (Local, "
-                "Cached with keep: hidden)"
-            )
-        return found[0]
+        return common_form("Routed", self.names, self.teachers)
 
     def open(self, request: Request, device: torch.device) -> RoutedSource:
         """Open all experts, one after the other.

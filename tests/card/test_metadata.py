@@ -1,9 +1,11 @@
 """The front matter, field by field."""
 
+import math
 from dataclasses import replace
 
 import pytest
 
+from llm_distill.card.body import body
 from llm_distill.card.facts import CardFacts, DataFacts, ModelFacts
 from llm_distill.card.metadata import metadata
 
@@ -50,12 +52,20 @@ def test_datasets_are_those_of_the_hub() -> None:
     assert metadata(replace(FACTS, data=here)).datasets is None
 
 
+def test_the_kl_of_a_sparse_teacher_is_called_what_it_is() -> None:
+    facts = replace(FACTS, evaluation={"eval_kl": 0.25})
+    (model,) = metadata(facts).to_dict()["model-index"]
+    (metric,) = model["results"][0]["metrics"]
+    assert metric["name"] == "KL on the tokens that the teacher told alone, nats per token"
+    assert metric["name"] in body(facts)
+
+
 def test_results_name_the_evaluation_set_and_leave_out_what_is_not_finite() -> None:
     facts = replace(
         FACTS,
         data=DataFacts(name="imdb", origin="hub"),
         evaluation_data=DataFacts(name="/data/held out.jsonl", origin="local", part="5%"),
-        evaluation={"eval_kl": 0.25, "eval_perplexity": float("inf"), "eval_runtime": 3.0},
+        evaluation={"eval_kl": 0.25, "eval_agreement": math.nan, "eval_perplexity": math.inf},
     )
     (model,) = metadata(facts).to_dict()["model-index"]
     assert model["name"] == "student"

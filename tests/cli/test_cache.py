@@ -61,7 +61,7 @@ def test_hints_without_the_teacher(
     assert "lost of hidden state" in ended.out
     shutil.rmtree(teacher.parent)
     (tmp_path / "out" / "calibration.safetensors").unlink()
-    for command in ("check", "run"):
+    for command in ("check", "run", "map"):
         ended = cli(command, **sections)
         assert ended.code == 0, ended.err
         assert "auto: coverage" in ended.out
@@ -86,6 +86,8 @@ def test_of_a_quantised_teacher(
     before = (tmp_path / "cache" / FILE).stat().st_mtime_ns
     assert cli("cache", **sections).code == 0
     assert (tmp_path / "cache" / FILE).stat().st_mtime_ns == before
+    assert cli("cache", "--overwrite", **sections).code == 0
+    assert Manifest.read(tmp_path / "cache" / FILE).fidelity == manifest.fidelity
     ended = cli("run", **sections)
     assert ended.code == 0, ended.err
     assert "teacher in bitsandbytes_8bit, top 32" in ended.out

@@ -26,7 +26,13 @@ def shown(capsys: pytest.CaptureFixture[str]) -> str:
     screen = Screen(speaks=True)
     screen.models(STUDENT, TEACHER)
     screen.objectives(objectives, binding.bind(objectives, STUDENT, TEACHER, seed=0))
-    screen.figures({"eval_extra": 1.0, "eval_kl": 0.12345, "eval_perplexity": 12345.6})
+    told = {
+        "eval_extra": 1.0,
+        "eval_kl": 0.12345,
+        "eval_agreement": 0.5,
+        "eval_perplexity": 12345.6,
+    }
+    screen.figures(told)
     screen.say("a [bold] line that is longer than a terminal is wide, and " + "x" * 80)
     return capsys.readouterr().out
 
@@ -42,6 +48,15 @@ def test_objectives_have_their_layer_maps(shown: str) -> None:
     assert "student layer | teacher layer   uniform" in shown
     assert "2 | 4 of 4" in shown
     assert "trained parameters, not part of the student" in shown
+
+
+def test_the_kl_of_a_sparse_teacher_is_called_what_it_is(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Screen(speaks=True).figures({"eval_kl": 0.12345, "eval_perplexity": 12345.6})
+    shown = capsys.readouterr().out
+    assert "KL on the tokens that the teacher told alone" in shown
+    assert "KL(teacher || student)" not in shown
 
 
 def test_figures_are_ordered_as_people_ask(shown: str) -> None:

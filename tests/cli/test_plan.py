@@ -92,6 +92,16 @@ def test_quantised_members_are_planned_anywhere(content: dict[str, Any], models:
     assert planned(content).teacher.depth == 4
 
 
+def test_what_no_machine_could_do_is_refused_beside_them(
+    content: dict[str, Any], models: Path
+) -> None:
+    path = str(models / "teacher")
+    small = {"Local": {"model": path, "quantize": "torchao_float8"}}
+    content["teacher"] = {"Ensemble": {"members": [path, small], "turns": True}}
+    with pytest.raises(InputError, match="teacher is quantised, and such weights stay on the dev"):
+        planned(content)
+
+
 def test_an_unknown_way_to_quantise(content: dict[str, Any], models: Path) -> None:
     content["teacher"] = {"Local": {"model": str(models / "teacher"), "quantize": "torchao_int9"}}
     with pytest.raises(InputError, match=r"quantize.*torchao_int9.*torchao_int8"):

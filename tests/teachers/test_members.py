@@ -1,17 +1,14 @@
 """Members of several teachers: what they are, and turns on one device."""
 
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from llm_distill import Cached, Ensemble, Local, Remote, Routed
+from llm_distill import Ensemble, Local, Routed
 from llm_distill.binding import make_batch
-from llm_distill.cache import estimators
 from llm_distill.collation import RowCollator
 from llm_distill.data import Collator
 from llm_distill.errors import InputError
@@ -24,11 +21,10 @@ from llm_distill.teachers.members import (
     Turn,
     as_teachers,
     common_spec,
-    form_of,
     opened,
     part_of,
 )
-from tests import caches, tiny
+from tests import tiny
 from tests.teachers.test_local import batch
 
 CPU = torch.device("cpu")
@@ -138,52 +134,6 @@ def test_what_turned_out_to_lie_in_pieces_takes_no_turns(monkeypatch: pytest.Mon
     monkeypatch.setattr(members, "in_pieces", lambda model: model is not None)
     with pytest.raises(InputError, match="LlamaForCausalLM lies in pieces on several processes"):
         opened(Local(tiny.llama("teacher")), Request(logits=True), CPU, turns=True)
-
-
-class TestForms:
-    """What members tell of a row, known before any weights load."""
-
-    @pytest.fixture
-    def top(self, tmp_path: Path) -> Cached:
-        return Cached(caches.written(tmp_path / "top", partial(estimators.topk, k=4)))
-
-    @pytest.fixture
-    def drawn(self, tmp_path: Path) -> Cached:
-        return Cached(caches.written(tmp_path / "drawn", partial(estimators.sampled, n=4)))
-
-    @pytest.fixture
-    def whole(self, tmp_path: Path) -> Cached:
-        return Cached(caches.written(tmp_path / "whole", estimators.hidden))
-
-    def test_of_one(self, top: Cached, drawn: Cached, whole: Cached) -> None:
-        assert form_of(Local("an/id")) is None
-        assert form_of(top) == form_of(Remote("http://x", "an/id", 4)) == "the likeliest 4"
-        assert form_of(drawn) == str(drawn.store.manifest.estimator)
-        assert form_of(whole) is None
-
-    def test_an_ensemble_tells_all_or_few(self, top: Cached, drawn: Cached, whole: Cached) -> None:
-        request, local = Request(logits=True), Local(tiny.llama("teacher"))
-        assert form_of(Ensemble([whole, local])) is None
-        pair = Ensemble([top, drawn])
-        assert str(form_of(pair)).startswith("several (the likeliest 4; ")
-        pair.check(request, CPU)
-        with pytest.raises(InputError, match="tells the likeliest 4, LlamaForCausalLM tells all"):
-            Ensemble([top, local]).check(request, CPU)
-        Ensemble([top, local]).check(Request(), CPU)
-        with pytest.raises(InputError, match="mode: logit_mean combines whole distributions"):
-            Ensemble([top, drawn], mode="logit_mean").check(request, CPU)
-        with pytest.raises(InputError, match="Ensemble: confidence combines whole distributions"):
-            Ensemble([top, drawn], confidence="entropy").check(request, CPU)
-
-    def test_experts_tell_alike(self, top: Cached, drawn: Cached, tmp_path: Path) -> None:
-        request = Request(logits=True)
-        other = Cached(caches.written(tmp_path / "other", partial(estimators.topk, k=5)))
-        assert form_of(Routed({"a": top, "b": top}, by="kind")) == "the likeliest 4"
-        for expert in (other, drawn, Ensemble([top, top])):
-            with pytest.raises(InputError, match=r"tell a few tokens of each row \(a: the likel"):
-                Routed({"a": top, "b": expert}, by="kind").check(request, CPU)
-        with pytest.raises(InputError, match="Routed: its experts tell a few tokens"):
-            Routed({"a": drawn, "b": drawn}, by="kind").check(request, CPU)
 
 
 def test_leaves() -> None:
