@@ -41,7 +41,7 @@ def test_cache_then_run_without_the_teacher(
     ended = cli("run", **sections)
     assert ended.code == 0, ended.err
     assert "teacher: the cache" in ended.out
-    assert "KL(teacher || student)" in ended.out
+    assert "KL on the tokens that the teacher told alone" in ended.out
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert "teacher" in (tmp_path / "out" / "README.md").read_text()
 
