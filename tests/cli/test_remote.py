@@ -59,7 +59,7 @@ def test_a_run(cli: Cli, server: TeacherServer, teacher: Any, tmp_path: Path, ow
     server.owner = owner
     ended = cli("run", teacher=teacher)
     assert ended.code == 0, ended.err
-    assert "KL(teacher || student), nats per token" in ended.out
+    assert "KL on the tokens that the teacher told alone, nats per token" in ended.out
     assert "63" in ended.out  # positions: what the server takes
     assert (tmp_path / "out" / "model.safetensors").exists()
     left = [p for p in (tmp_path / "out").iterdir() if p.suffix in (".md", ".json", ".yaml")]
