@@ -44,7 +44,8 @@ def caches(teacher: object, *, experts: bool = True) -> tuple[Cached, ...]:
     elif isinstance(teacher, tuple | list):
         parts = teacher
     elif dataclasses.is_dataclass(teacher) and (experts or not isinstance(teacher, Routed)):
-        parts = tuple(vars(teacher)[field.name] for field in dataclasses.fields(teacher))
+        # A teacher made of the student has none before it is told which.
+        parts = tuple(vars(teacher).get(field.name) for field in dataclasses.fields(teacher))
     return tuple(cache for part in parts for cache in caches(part, experts=experts))
 
 

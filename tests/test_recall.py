@@ -13,6 +13,7 @@ import torch
 import llm_distill.trainer
 from llm_distill import (
     AttentionMaps,
+    BornAgain,
     Cached,
     CrossEntropy,
     DistillTrainer,
@@ -286,6 +287,7 @@ def test_who_looks_up(paths: dict[str, str]) -> None:
     assert recall.caches(Both((local, cached)))
     assert recall.caches(Both(({"math": cached},)))
     assert not recall.caches(local)
+    assert not recall.caches(BornAgain())
     assert not recall.caches(Both((local,)))
 
 
