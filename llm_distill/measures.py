@@ -74,6 +74,10 @@ def _agreement(student: Tensor, teacher: Tensor | None, labels: Tensor, *, commo
     return (student[:, :common].argmax(-1) == theirs).to(student.dtype)
 
 
+KL_OF_FEW = "KL on the tokens that the teacher told alone, nats per token"
+"""What `eval_kl` is where `of_few_tokens`."""
+
+
 def of_few_tokens(figures: Mapping[str, float]) -> bool:
     """Whether the KL of an evaluation is that on the tokens which a sparse teacher told.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from huggingface_hub import EvalResult, ModelCardData
 
 from llm_distill.card.facts import CardFacts, base, is_linked, shown, slug
-from llm_distill.measures import of_few_tokens
+from llm_distill.measures import KL_OF_FEW, of_few_tokens
 
 __all__ = ["metadata"]
 
@@ -18,9 +18,6 @@ FIGURES: Mapping[str, str] = {
     "eval_agreement": "Top-1 agreement with the teacher",
     "eval_loss": "Weighted sum of the objectives",
 }
-
-FEW = "KL on the tokens that the teacher told alone, nats per token"
-"""What `eval_kl` is where the teacher told a few tokens of each row."""
 
 KNOWN_LICENSES = """
     afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m
@@ -60,7 +57,7 @@ def metadata(facts: CardFacts) -> ModelCardData:
 
 def label_of(key: str, figures: Mapping[str, float]) -> str:
     """A figure in words."""
-    return FEW if key == "eval_kl" and of_few_tokens(figures) else FIGURES[key]
+    return KL_OF_FEW if key == "eval_kl" and of_few_tokens(figures) else FIGURES[key]
 
 
 def _license(licence: str | None) -> str | None:

@@ -10,7 +10,7 @@ from llm_distill import schedules
 from llm_distill.balance import Balance
 from llm_distill.layers import LayerEvidence, LayerMap, Similarity
 from llm_distill.layers.map import target
-from llm_distill.measures import of_few_tokens
+from llm_distill.measures import KL_OF_FEW, of_few_tokens
 from llm_distill.objectives import Objective, Term, named
 from llm_distill.plots import segments
 from llm_distill.signals import ModelSpec
@@ -93,7 +93,7 @@ class Screen:
         for key in order:
             label = FIGURES.get(key, key.removeprefix("eval_"))
             if key == "eval_kl" and of_few_tokens(metrics):
-                label = "KL on the tokens that the teacher told alone, nats per token"
+                label = KL_OF_FEW
             table.add_row(label, f"{metrics[key]:,.4g}")
         self._console.print(table)
 

@@ -17,8 +17,8 @@ from llm_distill.cli.reading import open_screen
 from llm_distill.errors import InputError
 from llm_distill.layers import LayerMap, asks
 from llm_distill.objectives import HiddenStates, Mapped
-from llm_distill.recall import caches
 from llm_distill.recipe import Recipe
+from llm_distill.teachers import Cached
 
 
 def map_layers(
@@ -44,7 +44,7 @@ def map_layers(
     screen = open_screen(args)
     planned = plan(recipe, args)
     # A cache holds the states of one map, which was decided when it was written.
-    reads = reads and not caches(recipe.teacher)
+    reads = reads and not isinstance(recipe.teacher, Cached)
     decided = of_data(recipe, args, planned, screen) if reads else of_configs(planned)
     maps = {name: o.mapping(planned.student, planned.teacher) for name, o in decided.after.items()}
     for line in decided.told:

@@ -65,7 +65,12 @@ def test_results_name_the_evaluation_set_and_leave_out_what_is_not_finite() -> N
         FACTS,
         data=DataFacts(name="imdb", origin="hub"),
         evaluation_data=DataFacts(name="/data/held out.jsonl", origin="local", part="5%"),
-        evaluation={"eval_kl": 0.25, "eval_agreement": math.nan, "eval_perplexity": math.inf},
+        evaluation={
+            "eval_kl": 0.25,
+            "eval_agreement": math.nan,
+            "eval_perplexity": math.inf,
+            "eval_runtime": 3.0,
+        },
     )
     (model,) = metadata(facts).to_dict()["model-index"]
     assert model["name"] == "student"
