@@ -84,13 +84,14 @@ def settled(
         decided, owner = teacher.store.manifest.maps, f"the cache {teacher.path}"
     found: list[Objective] = []
     for name, objective in named(objectives).items():
-        attention = isinstance(objective, AttentionMaps | Relations)  # refused, whatever their maps
-        reads = isinstance(objective, Mapped) and not attention
-        if reads and _of_cache(teacher, cast("Mapped", objective).member):
+        # What reads attention is refused, whatever its map.
+        reads = isinstance(objective, Mapped) and not isinstance(
+            objective, AttentionMaps | Relations
+        )
+        if isinstance(objective, Mapped) and reads and _of_cache(teacher, objective.member):
             refuse_lookers([objective])
-            found.append(with_map(name, cast("Mapped", objective), decided, student, owner))
-        else:
-            found.append(objective)
+            objective = with_map(name, objective, decided, student, owner)
+        found.append(objective)
     return tuple(found)
 
 

@@ -115,7 +115,8 @@ def check(
         if cached is teacher:
             held = () if manifest.layers is None else manifest.layers.layers
             check_objectives(manifest.estimator, objectives, terms, student, cached.spec, held)
-        _check_terms(manifest.estimator, terms, student)
+        else:
+            _check_terms(manifest.estimator, terms, student)
         if manifest.estimator.example() is not None and student.vocabulary < manifest.vocabulary:
             raise InputError(
                 f"the cache {cached.path} was written for students of {manifest.vocabulary} tokens "

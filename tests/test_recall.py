@@ -247,13 +247,11 @@ class TestAmongOthers:
     def beside(self, path: str) -> Ensemble:
         return Ensemble([Cached(path), Cached(path)])
 
-    def test_another_tokenizer(self, paths: dict[str, str], tmp_path: Path) -> None:
+    def test_another_chat_template(self, paths: dict[str, str], tmp_path: Path) -> None:
         other = tiny.tokenizer()
-        other.add_tokens(["<new>"])
-        bigger = tiny.llama("student", vocabulary=140)
-        given: dict[str, Any] = {"processing_class": other, "model": bigger}
-        with pytest.raises(InputError, match="tokenizer"):
-            trainer(tmp_path, self.beside(paths["topk"]), **given)
+        other.chat_template = "{{ messages }}"
+        with pytest.raises(InputError, match="was written with another chat template"):
+            trainer(tmp_path, self.beside(paths["topk"]), processing_class=other)
 
     def test_terms_that_it_cannot_serve(self, paths: dict[str, str], tmp_path: Path) -> None:
         with pytest.raises(InputError, match="Logits: the cache keeps 50 draws"):

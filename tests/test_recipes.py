@@ -145,9 +145,9 @@ PLACES: dict[str, tuple[dict[str, Any], int, str]] = {
     "ddp": ({"shard": "fsdp2"}, 2, "on each of 2 processes (as asked)"),
     "hsdp": ({"shard": "hsdp", "shard_size": 2}, 4, "on each of 2 processes x 2 copies (as asked)"),
     "tp": ({"shard": "tp"}, 2, "on each of 2 processes (as asked)"),
-    "device_map": ({"device_map": "auto", "shard": "auto"}, 1, ""),
+    "device_map": ({"device_map": "auto", "shard": "auto"}, 1, "KL(teacher || student)"),
 }
-"""Launchers: what the recipe says beside them, processes here, what is told of the pieces."""
+"""Launchers: what the recipe says beside them, processes here, what is told (of the pieces)."""
 
 
 @pytest.mark.distributed

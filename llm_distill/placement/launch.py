@@ -44,9 +44,9 @@ def caps(device: torch.device, room: int) -> dict[int | str, int] | None:
         room: Bytes of it that the model may take.
 
     Returns:
-        None on a CPU, whose memory is all there is before the disk.
+        None but for CUDA: others share the memory that is all there is before the disk.
     """
-    if device.type == "cpu":
+    if device.type != "cuda":
         return None
     index = device.index if device.index is not None else torch.cuda.current_device()
     return {index: room, "cpu": free_bytes(torch.device("cpu"))}

@@ -18,7 +18,7 @@ from llm_distill.teachers.forms import UNKNOWN, forms
 from llm_distill.teachers.members import (
     Composite,
     as_teachers,
-    check_turns,
+    check_members,
     common_spec,
     opened,
     part_of,
@@ -122,14 +122,11 @@ class Ensemble(Composite):
         Raises:
             InputError: Saying what to write.
         """
-        if self.turns:
-            check_turns(self.teachers)
-        if request.logits:
-            self.form()
-        try:
-            _refuse_nobody(request, self.spec.name)
-        except ValueError as error:
-            raise InputError(str(error)) from error
+
+        def refuse(asked: Request) -> None:
+            _refuse_nobody(asked, self.spec.name)
+
+        check_members(self, request, refuse, turns=self.turns)
 
     def form(self) -> str | None:
         """Which few tokens of each row are told, if not all.

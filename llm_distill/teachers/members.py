@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -180,6 +180,30 @@ def _staying(said: Signals) -> Signals:
         _kept(found.head.weight), _kept(found.head.bias), found.head.scale, found.head.softcap
     )
     return replace(said, distribution=Factored(found.head.features(found.hidden), head))
+
+
+def check_members(
+    teacher: Composite, request: Request, refuse: Callable[[Request], None], *, turns: bool
+) -> None:
+    """What `check_together` is for those that are asked together.
+
+    Args:
+        teacher: Whose members they are.
+        request: What is wanted of all of them.
+        refuse: Raises `ValueError` for what they do not share.
+        turns: Whether they take turns on the device.
+
+    Raises:
+        InputError: Saying what to write.
+    """
+    if turns:
+        check_turns(teacher.teachers)
+    if request.logits:
+        teacher.form()
+    try:
+        refuse(request)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def check_turns(members: Sequence[Teacher]) -> None:

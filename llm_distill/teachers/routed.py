@@ -20,7 +20,7 @@ from llm_distill.teachers.forms import common_form
 from llm_distill.teachers.members import (
     Composite,
     as_teachers,
-    check_turns,
+    check_members,
     common_spec,
     opened,
     part_of,
@@ -112,14 +112,7 @@ class Routed(Composite):
         Raises:
             InputError: Saying what to write.
         """
-        if self.turns:
-            check_turns(self.teachers)
-        if request.logits:
-            self.form()
-        try:
-            self._check(request)
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        check_members(self, request, self._check, turns=self.turns)
 
     def form(self) -> str | None:
         """Which few tokens of each row are told, if not all.
