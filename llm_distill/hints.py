@@ -84,14 +84,13 @@ def settled(
         decided, owner = teacher.store.manifest.maps, f"the cache {teacher.path}"
     found: list[Objective] = []
     for name, objective in named(objectives).items():
-        # What reads attention is refused, whatever its map.
-        reads = isinstance(objective, Mapped) and not isinstance(
-            objective, AttentionMaps | Relations
-        )
-        if isinstance(objective, Mapped) and reads and _of_cache(teacher, objective.member):
+        if isinstance(objective, AttentionMaps | Relations) or not isinstance(objective, Mapped):
+            found.append(objective)  # attention of a cache is refused, whatever the map
+        elif _of_cache(teacher, objective.member):
             refuse_lookers([objective])
-            objective = with_map(name, objective, decided, student, owner)
-        found.append(objective)
+            found.append(with_map(name, objective, decided, student, owner))
+        else:
+            found.append(objective)
     return tuple(found)
 
 
