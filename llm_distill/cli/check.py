@@ -3,7 +3,7 @@
 from llm_distill import mapping
 from llm_distill.arguments import idle_gates
 from llm_distill.cli.console import Screen
-from llm_distill.cli.plan import plan
+from llm_distill.cli.plan import asks_for_a_launch, plan
 from llm_distill.recipe import Recipe
 
 ON_ANY_MACHINE = {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None}
@@ -17,7 +17,7 @@ def check(recipe: Recipe) -> None:
         InputError: For what `run` would refuse before it reads the data.
     """
     args = recipe.arguments(**ON_ANY_MACHINE)
-    planned = plan(recipe, args)
+    planned = plan(recipe, args, here=False)
     screen = Screen(speaks=True)
     screen.models(planned.student, planned.teacher)
     for line in (*planned.tokenizers.told, *idle_gates(planned.terms, args)):
@@ -26,4 +26,8 @@ def check(recipe: Recipe) -> None:
     screen.balance(planned.balance)
     if mapping.undecided(planned.objectives):
         screen.say("Layer maps that data decide: `llm-distill map` shows them before a training.")
+    if asks_for_a_launch(recipe.teacher):
+        screen.say(
+            "Where the teacher lies, and whether there is room for it, is decided at launch."
+        )
     screen.say("The recipe is good. No weights were loaded, no data was read.")

@@ -42,9 +42,9 @@ def map_layers(
     mapped(recipe.objectives)
     args = recipe.arguments(**({} if folder is None else {"output_dir": folder}))
     screen = open_screen(args)
-    planned = plan(recipe, args)
     # A cache holds the states of one map, which was decided when it was written.
     reads = reads and not isinstance(recipe.teacher, Cached)
+    planned = plan(recipe, args, here=reads)
     decided = of_data(recipe, args, planned, screen) if reads else of_configs(planned)
     maps = {name: o.mapping(planned.student, planned.teacher) for name, o in decided.after.items()}
     for line in decided.told:

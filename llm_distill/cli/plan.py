@@ -57,8 +57,13 @@ class Plan:
         return self.tokenizers.positions(self.student, self.teacher)
 
 
-def plan(recipe: Recipe, args: TrainingArguments) -> Plan:
+def plan(recipe: Recipe, args: TrainingArguments, *, here: bool = True) -> Plan:
     """Bind a recipe to its models.
+
+    Args:
+        recipe: What to do.
+        args: As it has them.
+        here: Whether this launch is to do it; else what depends on its devices is not asked.
 
     Raises:
         InputError: If the objectives, models, tokenizers and arguments do not go together.
@@ -90,14 +95,14 @@ def plan(recipe: Recipe, args: TrainingArguments) -> Plan:
         )
     compared = recipe.data.eval is not None and tokenizers.theirs is None
     request = binding.opening_request(objectives, terms, (student, teacher), compared=compared)
-    if not _asks_for_a_launch(recipe.teacher):
+    if here or not asks_for_a_launch(recipe.teacher):
         recipe.teacher.check(request, args.device)
     elif isinstance(recipe.teacher, Composite):
         recipe.teacher.check_together(request)
     return Plan(student, teacher, objectives, terms, balance, tokenizers, causal)
 
 
-def _asks_for_a_launch(teacher: Teacher) -> bool:
+def asks_for_a_launch(teacher: Teacher) -> bool:
     """Whether where a teacher lies has to be decided, which is no question for a laptop."""
     locals_ = [leaf for leaf in leaves(teacher) if isinstance(leaf, Local)]
     pieces = any(leaf.shard not in ("auto", "replica") for leaf in locals_)

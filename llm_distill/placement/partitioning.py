@@ -14,8 +14,6 @@ from llm_distill.placement.sharding import BACKBONE
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from llm_distill.placement.choice import Facts, Placement
-
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """DeepSpeed's sections for the dtypes that it knows beside fp32."""
 
@@ -42,8 +40,6 @@ class Backbone(nn.Module):
 def load_partitioned(
     name: str,
     config: PreTrainedConfig,
-    placement: Placement,
-    facts: Facts,
     *,
     dtype: torch.dtype | str,
     backbone: bool = False,
@@ -56,8 +52,6 @@ def load_partitioned(
     Args:
         name: Id or path.
         config: Of the model, perhaps cut.
-        placement: As `choose` made it.
-        facts: Of the same model.
         dtype: A torch dtype, its name, or `auto`: as the config says, else fp32.
         backbone: Leave the language-model head out.
         options: For `from_pretrained`.
@@ -65,13 +59,12 @@ def load_partitioned(
     Raises:
         InputError: For a dtype that DeepSpeed has no engine for.
     """
-    del placement
     kind = config.dtype if dtype == "auto" else dtype
     kind = getattr(torch, kind) if isinstance(kind, str) else kind or torch.float32
     if kind not in (torch.float32, *HALVES.values()):
         raise InputError(
-            f"teacher {facts.name}: DeepSpeed keeps float32, bfloat16 and float16 in pieces, not "
-            f"{loading.dtype_name(kind, facts.name)}; write dtype: float32, or shard: fsdp2"
+            f"teacher {name}: DeepSpeed keeps float32, bfloat16 and float16 in pieces, not "
+            f"{loading.dtype_name(kind, name)}; write dtype: float32, or shard: fsdp2"
         )
     engine = engine_config(config, kind)
     model = loading.load_model(

@@ -218,16 +218,7 @@ class Local:
             told = (*told, compare(self.quantize, self._facts(request), whole))
         spread = None
         if placement.pieces > 1:
-            in_pieces = load_partitioned if placement.kind == "zero3" else load_sharded
-            model = in_pieces(
-                str(self.model),
-                self._config_for(request),
-                placement,
-                facts,
-                dtype=self._dtype or "auto",
-                backbone=not request.logits,
-                **self._options,
-            )
+            model = self._load_pieces(request, placement, facts)
             spread = Spread.of(model) if placement.tp > 1 else None
         else:
             model = self._load_whole(request, placement, device)
@@ -236,6 +227,14 @@ class Local:
         return LocalSource(
             model, request, self.name, device, spread=spread, told=told, ahead=self.once_per_step
         )
+
+    def _load_pieces(self, request: Request, placement: Placement, facts: Facts) -> PreTrainedModel:
+        """The pieces of the model that are this process's. A collective."""
+        name, config = str(self.model), self._config_for(request)
+        how = {"dtype": self._dtype or "auto", "backbone": not request.logits, **self._options}
+        if placement.kind == "zero3":
+            return load_partitioned(name, config, **how)
+        return load_sharded(name, config, placement, facts, **how)
 
     def _load_whole(
         self, request: Request, placement: Placement, device: torch.device

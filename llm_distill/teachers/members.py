@@ -220,13 +220,23 @@ def check_turns(members: Sequence[Teacher]) -> None:
                 f"turns: {leaf.name} has a device_map, which keeps its weights where they are; "
                 "leave one of the two out"
             )
-        if leaf.quantize is not None:
-            raise InputError(
-                f"turns: {leaf.name} is quantised, and such weights stay on the device; leave one "
-                "of the two out"
-            )
         if leaf.shard not in ("auto", "replica"):
             raise _cannot_leave(leaf.name)
+        if leaf.quantize is not None or _is_quantised(leaf):
+            raise InputError(
+                f"turns: {leaf.name} is quantised, and such weights stay on the device; leave "
+                "turns out, or take the checkpoint in all its bits"
+            )
+
+
+def _is_quantised(teacher: Local) -> bool:
+    """Whether the checkpoint, or the loaded model, is."""
+    return getattr(teacher.config, "quantization_config", None) is not None
+
+
+def _in_turns(member: Teacher) -> Teacher:
+    """A member of which those it is made of take turns too."""
+    return replace(cast("Any", member), turns=True) if isinstance(member, Composite) else member
 
 
 def _cannot_leave(name: str) -> InputError:
@@ -238,7 +248,7 @@ def _cannot_leave(name: str) -> InputError:
 
 
 def opened(member: Teacher, request: Request, device: torch.device, *, turns: bool) -> Source:
-    """A member at work, on the device or taking turns there.
+    """A member at work, on the device or taking turns there; so do those that it is made of.
 
     Raises:
         InputError: If it cannot leave the device.
@@ -246,8 +256,9 @@ def opened(member: Teacher, request: Request, device: torch.device, *, turns: bo
     """
     if turns:
         check_turns([member])
+        member = _in_turns(member)
     source = member.open(request, device)
-    if not turns:
+    if not turns or isinstance(member, Composite):
         return source
     name, model = member.spec.name, source.model
     if in_pieces(model):

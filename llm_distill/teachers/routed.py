@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -279,8 +280,9 @@ def _scattered(
     heard: Sequence[tuple[list[int], Signals]], layer: int, size: int, length: int
 ) -> Tensor:
     """Hidden states of all sequences: `[B, T, D]`."""
-    first = heard[0][1].states[layer]
-    whole = first.new_zeros(size, length, first.shape[-1])
-    for sequences, said in heard:
-        whole[torch.tensor(sequences, device=whole.device)] = said.states[layer].to(whole.dtype)
+    found = [said.states[layer] for _, said in heard]
+    dtype = reduce(torch.promote_types, (states.dtype for states in found))
+    whole = found[0].new_zeros(size, length, found[0].shape[-1], dtype=dtype)
+    for (sequences, _), states in zip(heard, found, strict=True):
+        whole[torch.tensor(sequences, device=whole.device)] = states.to(dtype)
     return whole

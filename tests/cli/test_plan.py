@@ -8,9 +8,9 @@ from llm_distill.errors import InputError
 from llm_distill.recipe import Recipe
 
 
-def planned(content: dict[str, Any]) -> Any:
+def planned(content: dict[str, Any], *, here: bool = True) -> Any:
     recipe = Recipe.of(content)
-    return plan(recipe, recipe.arguments())
+    return plan(recipe, recipe.arguments(), here=here)
 
 
 def test_what_a_recipe_comes_to(content: dict[str, Any], models: Path) -> None:
@@ -73,7 +73,7 @@ def test_members_in_pieces_are_planned_anywhere(
     """A recipe for many processes is checked on one."""
     member = {"Local": {"model": str(models / "teacher"), "shard": shard}}
     content["teacher"] = {"Ensemble": {"members": [member, str(models / "teacher")]}}
-    assert planned(content).teacher.members[0].depth == 4
+    assert planned(content, here=False).teacher.members[0].depth == 4
 
 
 def test_what_members_cannot_give_is_refused(content: dict[str, Any], models: Path) -> None:
@@ -89,7 +89,27 @@ def test_quantised_members_are_planned_anywhere(content: dict[str, Any], models:
     """What a machine has to have for it is asked where it trains."""
     small = {"Local": {"model": str(models / "teacher"), "quantize": "torchao_float8"}}
     content["teacher"] = {"Ensemble": {"members": [small, str(models / "teacher")]}}
-    assert planned(content).teacher.depth == 4
+    assert planned(content, here=False).teacher.depth == 4
+    with pytest.raises(
+        InputError, match=r"needs an NVIDIA GPU .* trains on cpu; write torchao_int8"
+    ):
+        planned(content)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"quantize": "torchao_int4"}, "needs an NVIDIA GPU of compute capability 8.0"),
+        ({"shard": "fsdp2"}, "spreads it over processes and there is one"),
+    ],
+)
+def test_what_this_launch_cannot_do_is_refused_where_it_trains(
+    content: dict[str, Any], models: Path, asked: dict[str, str], message: str
+) -> None:
+    content["teacher"] = {"Local": {"model": str(models / "teacher"), **asked}}
+    assert planned(content, here=False).teacher.depth == 4
+    with pytest.raises(InputError, match=message):
+        planned(content)
 
 
 def test_what_no_machine_could_do_is_refused_beside_them(

@@ -10,7 +10,7 @@ from torch import nn
 
 from llm_distill import loading
 from llm_distill.errors import InputError
-from llm_distill.placement import Facts, Placement, load_partitioned
+from llm_distill.placement import load_partitioned
 from llm_distill.placement.partitioning import Backbone, engine_config
 from llm_distill.placement.sharding import run_backbone
 from tests import tiny
@@ -46,10 +46,9 @@ def test_the_root_of_the_engine_runs_the_backbone() -> None:
 
 
 def test_a_dtype_without_an_engine_is_refused() -> None:
-    config, facts = tiny.llama("teacher").config, Facts("there", 0)
-    placed = Placement("zero3", fsdp=2)
+    config = tiny.llama("teacher").config
     with pytest.raises(InputError, match=r"teacher there: .*, not float64; write dtype: float32"):
-        load_partitioned("there", config, placed, facts, dtype="float64")
+        load_partitioned("there", config, dtype="float64")
 
 
 @pytest.mark.parametrize(
@@ -80,9 +79,7 @@ def test_it_is_loaded_for_its_engine_and_runs_under_it(
 
     monkeypatch.setattr(loading, "load_model", load)
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(initialize=initialize))
-    found = load_partitioned(
-        "there", model.config, Placement("zero3", fsdp=2), Facts("there", 0), dtype=asked
-    )
+    found = load_partitioned("there", model.config, dtype=asked)
     assert found is model
     assert told["dtype"] == expected
     assert told["engine"] == told["initialized"] == engine_config(model.config, expected)

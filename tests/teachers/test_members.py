@@ -28,8 +28,16 @@ from tests import tiny
 from tests.teachers.test_local import batch
 
 CPU = torch.device("cpu")
+LOGITS = Request(logits=True)
 DEVICE = torch.device("meta")
 """Stands for a GPU: nothing is computed on it here."""
+
+
+def quantised() -> Any:
+    """A model whose checkpoint was quantised."""
+    model = tiny.llama("teacher")
+    model.config.quantization_config = {"quant_method": "fp8"}
+    return model
 
 
 class Placed(nn.Module):
@@ -114,7 +122,11 @@ def test_what_was_said_outlives_the_turn() -> None:
     [
         (Local("an/id", device_map="auto"), "turns: an/id has a device_map, which keeps"),
         (Local("an/id", shard="fsdp2"), "turns: an/id lies in pieces .* write shard: replica"),
-        (Ensemble(["a/b", Local("an/id", shard="tp")]), "turns: an/id lies in pieces"),
+        (
+            Ensemble([tiny.llama("teacher"), Local("an/id", shard="tp")]),
+            "turns: an/id lies in pieces",
+        ),
+        (Local(quantised()), "turns: LlamaForCausalLM is quantised, .* leave turns out, or take"),
     ],
 )
 def test_what_cannot_leave_takes_no_turns(member: Any, message: str) -> None:
@@ -127,6 +139,15 @@ def test_what_cannot_leave_takes_no_turns(member: Any, message: str) -> None:
         Routed({"a": tiny.llama("teacher"), "b": member}, by="kind", turns=True).check(
             Request(), CPU
         )
+
+
+def test_what_members_are_made_of_takes_turns_too() -> None:
+    a, b = Local(tiny.llama("teacher")), Local(tiny.llama("other"))
+    inner = opened(Ensemble([a, Routed({"x": a, "y": b}, by="kind")]), LOGITS, CPU, turns=True)
+    first, second = inner.sources  # type: ignore[attr-defined]
+    assert [type(s) for s in (first, *second.sources)] == [Turn, Turn, Turn]
+    alone = opened(Ensemble([a, b]), LOGITS, CPU, turns=False)
+    assert not any(isinstance(s, Turn) for s in alone.sources)  # type: ignore[attr-defined]
 
 
 def test_what_turned_out_to_lie_in_pieces_takes_no_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,6 +109,21 @@ class TestSignals:
                 real = given.inputs["attention_mask"][mine] == 1
                 torch.testing.assert_close(ours[real], theirs[real], rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("first", [torch.bfloat16, torch.float32])
+    def test_experts_of_two_dtypes_lose_nothing(self, first: torch.dtype) -> None:
+        """Whichever comes first."""
+        request, given = Request(hidden=frozenset({2})), batch()
+        one, two = twins()
+        other = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[first]
+        one.to(first), two.to(other)
+        said = Routed({"a": one, "b": two}, by="kind").open(request, CPU)(given).states[2]
+        assert said.dtype == torch.float32
+        for name, model in (("a", one), ("b", two)):
+            mine = [k for k, n in enumerate(NAMES) if n == name]
+            own = Local(model).open(request, CPU)(given.only(mine)).states[2].float()
+            real = given.only(mine).inputs["attention_mask"] == 1
+            torch.testing.assert_close(said[mine][real], own[real], rtol=0, atol=0)
+
     def test_an_expert_without_examples_does_not_run(self) -> None:
         source = routed().open(LOGITS, CPU)
         source.sources[1].close()  # and would raise
