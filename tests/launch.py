@@ -17,12 +17,21 @@ def launch(module: str, *arguments: str, ranks: int = 1, timeout: int = 180) -> 
     Raises:
         AssertionError: With the output, if it fails.
     """
+    done = completed(module, *arguments, ranks=ranks, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+def completed(
+    module: str, *arguments: str, ranks: int = 1, timeout: int = 180
+) -> subprocess.CompletedProcess[str]:
+    """The same, however it ends."""
     command = [sys.executable, "-m", module, *arguments]
     if ranks > 1:
         run = ["torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
         command = [sys.executable, "-m", *run, "-m", module, *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    return subprocess.run(
         command,
         cwd=ROOT,
         env=environment,
@@ -31,8 +40,6 @@ def launch(module: str, *arguments: str, ranks: int = 1, timeout: int = 180) -> 
         timeout=timeout,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout
 
 
 def finish() -> NoReturn:
