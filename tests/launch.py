@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -33,6 +33,15 @@ def launch(module: str, *arguments: str, ranks: int = 1, timeout: int = 180) -> 
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout
+
+
+def from_all(own: Any) -> list[Any]:
+    """What every rank has to say, in their order; a collective."""
+    if not dist.is_initialized():
+        return [own]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found
 
 
 def finish() -> NoReturn:
