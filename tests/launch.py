@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -40,6 +40,15 @@ def completed(
         timeout=timeout,
         check=False,
     )
+
+
+def from_all(own: Any) -> list[Any]:
+    """What every rank has to say, in their order; a collective."""
+    if not dist.is_initialized():
+        return [own]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found
 
 
 def finish() -> NoReturn:

@@ -20,21 +20,21 @@ from llm_distill.placement import (
     Shard,
     Spread,
     caps,
+    check_device_map,
     check_spec,
     choose,
     compare,
     dtype_of,
     facts_of,
+    is_word,
     launched,
     load_partitioned,
     load_sharded,
+    own_places,
     skeleton,
 )
 from llm_distill.quantising import Quantize
-from llm_distill.signals import (
-    ModelSpec,
-    Request,
-)
+from llm_distill.signals import ModelSpec, Request
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,9 @@ class Local:
             keeps its checkpoint's dtype and a student gets fp32 master weights.
         revision: Branch, tag or commit on the Hub.
         trust_remote_code: Run code from the repository of this model; never by default.
-        device_map: As in transformers, over CPU, disk, or the GPUs of one process.
+        device_map: As in transformers, over CPU, disk, or the GPUs of one process. Of several each
+            has its own copy: `auto` spreads it over its device, memory and disk, and a mapping
+            names `cpu` and `disk` alone.
         shard: How a teacher lies on several processes. `replica`: whole on each. `fsdp2`: each
             keeps a piece of every block, and blocks are gathered one at a time; `hsdp`: the same
             inside each machine, with a copy on every machine; `tp`: the processes of a machine
@@ -183,12 +185,7 @@ class Local:
         Raises:
             InputError: Naming the teacher, and what to write instead.
         """
-        if self.device_map is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise InputError(
-                f"teacher {self.name}: device_map={self.device_map!r} with several processes would "
-                "put every process's copy on the same devices; leave device_map out, or start one "
-                "process"
-            )
+        check_device_map(self.device_map, self.name, quantised=self.quantize is not None)
         if self.quantize is not None:
             bare = skeleton(self.config, trust_remote_code=self.trust_remote_code)
             quantising.check(self.quantize, bare, self.name, device, self.device_map)
@@ -248,12 +245,15 @@ class Local:
 
     def _placed(self, request: Request, device: torch.device) -> tuple[Placement, Facts]:
         """Where the weights go, and what that depends on. A collective."""
-        if not isinstance(self.model, str) or self.device_map is not None:
+        mapped = self.device_map is not None
+        if not isinstance(self.model, str) or (mapped and not is_word(self.device_map)):
             return WHOLE, Facts(self.name, 0)
         launch = launched(device)
-        if launch.world == 1 and self.shard == "replica":
+        if launch.world == 1 and (mapped or self.shard == "replica"):
             return WHOLE, Facts(self.name, 0)
         facts = self._facts(request)
+        if mapped:
+            return own_places(str(self.device_map), launch), facts
         placement = choose(self.shard, self.shard_size, facts, launch)
         whole = placement.kind == "replica" and launch.world == 1
         return WHOLE if whole else placement, facts
