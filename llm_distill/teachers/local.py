@@ -209,7 +209,7 @@ class Local:
         """
         self.check(request, device)
         placement, facts = self._placed(request, device)
-        told = () if placement == WHOLE else (placement.describe(facts),)
+        told = (placement.describe(facts),) if placement.reason else ()
         if self.quantize is not None:
             whole = self.unquantised._facts(request)
             told = (*told, compare(self.quantize, self._facts(request), whole))
@@ -219,7 +219,8 @@ class Local:
             spread = Spread.of(model) if placement.tp > 1 else None
         else:
             model = self._load_whole(request, placement, device)
-            if self.quantize is None and getattr(model, "hf_device_map", None) is None:
+            stays = self.quantize is not None or self.device_map is not None
+            if not stays and getattr(model, "hf_device_map", None) is None:
                 cast("nn.Module", model).to(device)
         return LocalSource(
             model, request, self.name, device, spread=spread, told=told, ahead=self.once_per_step
@@ -254,9 +255,7 @@ class Local:
         facts = self._facts(request)
         if mapped:
             return own_places(str(self.device_map), launch), facts
-        placement = choose(self.shard, self.shard_size, facts, launch)
-        whole = placement.kind == "replica" and launch.world == 1
-        return WHOLE if whole else placement, facts
+        return choose(self.shard, self.shard_size, facts, launch), facts
 
     def _facts(self, request: Request) -> Facts:
         """What a placement depends on."""

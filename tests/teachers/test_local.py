@@ -261,6 +261,23 @@ class TestDeviceMap:
         source(batch())
         assert sorted(tmp_path.rglob("*")) == before
 
+    def test_one_place_is_where_it_runs(
+        self, tmp_path: Path, teacher: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Batches go there, and what is said comes back to where the student trains."""
+        teacher.save_pretrained(tmp_path)
+        went: list[Any] = []
+        to = Batch.to
+        monkeypatch.setattr(Batch, "to", lambda *given: went.append(given[1]) or to(*given))
+        request, student = Request(hidden=frozenset({2})), torch.device("meta")
+        source = Local(str(tmp_path), device_map={"": "cpu"}).open(request, student)
+        assert source.model is not None
+        assert source.model.device == CPU
+        given = batch()
+        went.clear()
+        assert source(given).states[2].device == student
+        assert went == [CPU]
+
     def test_a_student_learns_the_same_from_it(
         self, tmp_path: Path, teacher: PreTrainedModel
     ) -> None:
@@ -349,7 +366,9 @@ class TestQuantised:
     def test_it_is_loaded_in_fewer_bits_and_says_so(self, tmp_path: Path) -> None:
         tiny.llama("teacher").save_pretrained(tmp_path)
         source = Local(str(tmp_path), quantize="torchao_int8").open(ALL, CPU)
-        assert source.told == (f"teacher {tmp_path}: torchao_int8, 0.2 MB instead of 0.7 MB",)
+        where, saved = source.told
+        assert where.startswith(f"teacher {tmp_path}: 0.2 MB, replica (it takes 0% of ")
+        assert saved == f"teacher {tmp_path}: torchao_int8, 0.2 MB instead of 0.7 MB"
         assert source.model is not None
         kinds = {type(p.data).__name__ for p in source.model.parameters()}
         assert kinds == {"Tensor", "Int8Tensor"}
