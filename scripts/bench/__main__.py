@@ -1,4 +1,4 @@
-"""`python -m scripts.bench head|step|mapping|cache|remote|placement`: the command line.
+"""`python -m scripts.bench head|step|mapping|cache|remote|placement|kinds`: the command line.
 
 It imports torch when it has to run.
 """
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from scripts.bench import cache, placement
 from scripts.bench import settings as asked
+from scripts.bench.kinds import command as kinds
 from scripts.bench.mapping import command as mapping
 from scripts.bench.remote import command as remote
 
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cache": cache.execute,
         "remote": remote.execute,
         "placement": placement.execute,
+        "kinds": kinds.execute,
     }
     if options.benchmark in alone:
         return alone[options.benchmark](options, argv)
@@ -118,6 +120,8 @@ def parser() -> argparse.ArgumentParser:
     cache.add(commands.add_parser("cache", help=about, description=about))
     about = "What each way of holding a large teacher takes and moves, reckoned."
     placement.add(commands.add_parser("placement", help=about, description=about))
+    about = "A recipe of each kind of teacher, run to its end on the quickstart's models."
+    kinds.add(commands.add_parser("kinds", help=about, description=about))
     return made
 
 

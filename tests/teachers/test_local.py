@@ -268,7 +268,12 @@ class TestDeviceMap:
         teacher.save_pretrained(tmp_path)
         went: list[Any] = []
         to = Batch.to
-        monkeypatch.setattr(Batch, "to", lambda *given: went.append(given[1]) or to(*given))
+
+        def watched(given: Batch, device: Any) -> Batch:
+            went.append(device)
+            return to(given, device)
+
+        monkeypatch.setattr(Batch, "to", watched)
         request, student = Request(hidden=frozenset({2})), torch.device("meta")
         source = Local(str(tmp_path), device_map={"": "cpu"}).open(request, student)
         assert source.model is not None
