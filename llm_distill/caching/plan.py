@@ -15,11 +15,11 @@ from torch.utils.data import IterableDataset as TorchStream
 from transformers import TrainingArguments
 
 from llm_distill import binding, hints, naming
-from llm_distill.cache import frames
+from llm_distill.cache import frames, shards
 from llm_distill.cache.layers import Layers
 from llm_distill.errors import InputError
 from llm_distill.preparation import Run, readable
-from llm_distill.teachers import Cached
+from llm_distill.teachers import Cached, Local
 
 if TYPE_CHECKING:
     from llm_distill.cache.estimator import Estimator
@@ -157,10 +157,10 @@ class Capture:
 
     @cached_property
     def row_bytes(self) -> float:
-        """Bytes of a row, about."""
-        config = self.run.teacher.config
-        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-        return self.estimator.row_bytes(self.run.teacher.spec.width, dtype.itemsize)
+        """Bytes of a row, at most."""
+        teacher = self.run.teacher
+        dtype = teacher.loads_in if isinstance(teacher, Local) else torch.float32
+        return self.estimator.row_bytes(self.vocabulary, teacher.spec.width, dtype.itemsize)
 
     def tokens(self, name: str) -> Sequence[int]:
         """Tokens of each example of a split whose states are kept."""
@@ -170,10 +170,11 @@ class Capture:
         return split.lengths if self.layers.rows == "valid" else split.rows
 
     def bytes(self, part: Part) -> float:
-        """Bytes of a shard, about."""
-        tokens = self.tokens(part.split)
+        """Bytes of a shard, at most."""
+        tokens, rows = self.tokens(part.split), self.rows(part)
         each = 0.0 if self.layers is None else self.layers.token_bytes
-        return self.row_bytes * self.rows(part) + each * sum(tokens[k] for k in part.places)
+        content = self.row_bytes * rows + each * sum(tokens[k] for k in part.places)
+        return shards.most_bytes(len(self.columns), rows, len(part.places), content)
 
     @cached_property
     def parts(self) -> list[Part]:

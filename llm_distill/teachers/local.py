@@ -275,6 +275,13 @@ class Local:
         return replace(self, quantize=None, shard="auto", device_map=where)
 
     @property
+    def loads_in(self) -> torch.dtype:
+        """Dtype of its weights once it is loaded."""
+        if not isinstance(self.model, str):
+            return plain(self.model).dtype
+        return dtype_of(self.config, self._dtype or "auto")
+
+    @property
     def _dtype(self) -> str | None:
         """Of its weights, but for those that are quantised."""
         if self.quantize is None or self.dtype is not None:

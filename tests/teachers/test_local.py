@@ -110,6 +110,9 @@ class TestLoad:
         tiny.llama("teacher").bfloat16().save_pretrained(tmp_path)
         assert Local(str(tmp_path)).load().dtype is torch.bfloat16
         assert Local(str(tmp_path), dtype="float32").load().dtype is torch.float32
+        for spec in (Local(str(tmp_path)), Local(str(tmp_path), dtype="float32")):
+            assert spec.loads_in is spec.load().dtype
+        assert Local(tiny.llama("teacher").half(), dtype="float32").loads_in is torch.float16
 
     def test_without_logits_there_is_no_head(self, tmp_path: Path) -> None:
         tiny.llama("teacher").save_pretrained(tmp_path)
