@@ -158,6 +158,22 @@ def test_another_length_in_the_run(
     assert "examples are not in the cache" in ended.err
 
 
+def test_documents_in_another_order(cli: Cli, sections: dict[str, Any], tmp_path: Path) -> None:
+    """Blocks of packed text: the same documents, cut at other places."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name, sentence in zip("ab", on_disk.SENTENCES, strict=False):
+        (texts / f"{name}.txt").write_text(f"{sentence}\n" * 9)
+    sections["data"] = {"path": str(texts), "max_length": 16}
+    assert cli("cache", **sections).code == 0
+    assert cli("run", **sections).code == 0
+    (texts / "a.txt").rename(texts / "c.txt")
+    ended = cli("run", "--overwrite", **sections)
+    assert ended.code == 2
+    assert "examples are not in the cache" in ended.err
+    assert "The data, their order in blocks, the chat template or max_length changed" in ended.err
+
+
 def test_another_k_in_the_run(cli: Cli, sections: dict[str, Any]) -> None:
     assert cli("cache", **sections).code == 0
     ended = cli("run", "--teacher.Cached.keep.topk.k", "16", **sections)
