@@ -79,7 +79,7 @@ class Manifest:
         tokenizer: Fingerprint of what cut the data.
         template: Fingerprint of its chat template.
         keep: The estimator, as a recipe writes it.
-        temperature: Of the teacher's distribution.
+        temperature: Of the teacher's distribution: 1, since objectives temper what they read.
         shift: Whether a position predicts the next token.
         vocabulary: Tokens of the targets.
         head: Scale and soft cap of the teacher's head, where hidden states are kept.
@@ -203,6 +203,11 @@ class Manifest:
                     "the cache anew, or install the version that wrote it"
                 )
             content = ADDED | content
+            if content["temperature"] != 1:
+                raise InputError(
+                    f"{path}: the teacher's distribution at temperature {content['temperature']}, "
+                    "and this version reads what was kept at 1; write the cache anew"
+                )
             known = {name: content[name] for name in (f.name for f in fields(cls))}
             shards = tuple(Shard(**shard) for shard in content["shards"])
         except (OSError, ValueError, KeyError, TypeError) as error:

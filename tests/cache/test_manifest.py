@@ -139,3 +139,9 @@ def test_files_of_weights_that_were_not_in_memory() -> None:
     assert known.differences(GIVEN) == GIVEN.differences(known) == []  # an older one, or given
     cut_otherwise = replace(GIVEN, files={"b.safetensors": "z", "config.json": "y"})
     assert known.differences(cut_otherwise) == []
+
+
+def test_tempered_distributions_are_not_read_as_others(tmp_path: Path) -> None:
+    replace(GIVEN, temperature=2.0).write(tmp_path / FILE)
+    with pytest.raises(InputError, match=r"at temperature 2\.0, and this version reads what was"):
+        Manifest.read(tmp_path / FILE)
