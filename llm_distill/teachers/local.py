@@ -31,15 +31,11 @@ from llm_distill.placement import (
     skeleton,
 )
 from llm_distill.quantising import Quantize
-from llm_distill.signals import (
-    ModelSpec,
-    Request,
-)
+from llm_distill.signals import ModelSpec, Request
+from llm_distill.teachers.local_source import LocalSource
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
-from llm_distill.teachers.local_source import LocalSource
 
 WHOLE = Placement("replica")
 """Of a model that lies where its one process trains, or where it was put before."""
@@ -186,8 +182,7 @@ class Local:
         if self.device_map is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError(
                 f"teacher {self.name}: device_map={self.device_map!r} with several processes would "
-                "put every process's copy on the same devices; leave device_map out, or start one "
-                "process"
+                "put every process's copy on the same devices; leave it out, or start one process"
             )
         if self.quantize is not None:
             bare = skeleton(self.config, trust_remote_code=self.trust_remote_code)
@@ -223,7 +218,7 @@ class Local:
         else:
             model = self._load_whole(request, placement, device)
             if self.quantize is None and getattr(model, "hf_device_map", None) is None:
-                cast("nn.Module", model).to(device)
+                cast("torch.nn.Module", model).to(device)
         return LocalSource(
             model, request, self.name, device, spread=spread, told=told, ahead=self.once_per_step
         )
@@ -277,9 +272,8 @@ class Local:
     @property
     def loads_in(self) -> torch.dtype:
         """Dtype of its weights once it is loaded."""
-        if not isinstance(self.model, str):
-            return plain(self.model).dtype
-        return dtype_of(self.config, self._dtype or "auto")
+        given = None if isinstance(self.model, str) else plain(self.model).dtype
+        return given or dtype_of(self.config, self._dtype or "auto")
 
     @property
     def _dtype(self) -> str | None:
