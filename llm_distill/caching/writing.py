@@ -235,7 +235,7 @@ def _write_shards(capture: Capture, source: Source) -> None:
     with bar:
         total = sum(capture.rows(part) for part in left)
         each = sum(capture.bytes(part) for part in left) / max(total, 1)
-        task = bar.add_task("", total=total, told=f"some {each:,.0f} bytes each")
+        task = bar.add_task("", total=total, told=f"up to {each:,.0f} bytes each")
         rows = size = 0
         for part in left:
             shard = write_shard(capture, part, source, lambda n: bar.advance(task, n))
