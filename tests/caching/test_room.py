@@ -12,7 +12,7 @@ import pytest
 from llm_distill import HiddenStates, Local
 from llm_distill.cache.estimators import hidden, hybrid, sampled, topk
 from llm_distill.cache.manifest import FILE, UNFINISHED, Manifest
-from llm_distill.caching import write_cache
+from llm_distill.caching import room, write_cache
 from llm_distill.caching.room import OF_TOKEN, SMALL, _tokenizer_bytes, check_disk, most_bytes
 from llm_distill.errors import InputError
 from llm_distill.layers import explicit
@@ -124,13 +124,20 @@ class TestBytes:
         assert manifest.head["dtype"] == (dtype or "bfloat16")
         assert size_of(made.folder) <= asked
 
-    def test_files_beside_the_shards_count(self, tmp_path: Path) -> None:
-        wide = replace(HINT, rows="valid")
-        frames = most_bytes(caches.capture(tmp_path, hints=[wide], width=60))
-        assert frames > most_bytes(caches.capture(tmp_path, hints=[wide], width=1)) + 4 * 60 * 64
-        head = tiny.VOCABULARY * 64 * 4
-        alone = caches.capture(tmp_path, hidden, train_dataset=tiny.rows(1), eval_dataset=None)
-        assert most_bytes(alone) > head + tiny.VOCABULARY
+    def test_files_beside_the_shards_count(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Index, head, frames and tokenizer, none of which is small here."""
+        given = {"train_dataset": tiny.rows(300), "width": 60}
+        made = caches.capture(tmp_path, hidden, hints=[replace(HINT, rows="valid")], **given)
+        write_cache(made)
+        names = ("index.npy", "head.safetensors", "states.safetensors", "teacher/tokenizer.json")
+        sizes = [(made.folder / name).stat().st_size for name in names]
+        assert min(sizes) > 3000
+        monkeypatch.setattr(type(made), "is_whole", lambda *_: True)
+        monkeypatch.setattr(room, "SMALL", 0)
+        monkeypatch.setattr(room, "OF_NOTE", 0)
+        assert most_bytes(made) == pytest.approx(sum(sizes), abs=2500)
 
     def test_those_that_are_there_already_do_not(self, tmp_path: Path) -> None:
         made = caches.capture(tmp_path, hidden)
