@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -156,7 +156,10 @@ def folder_of(name: str, revision: str | None = None) -> Path | None:
     """Where the files of a model are on this machine; None where they are not. Asks no network."""
     if _looks_local(name):
         return Path(name) if Path(name).is_dir() else None
-    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:  # a folder that is gone, and no id
+        return None
     return Path(found).parent if isinstance(found, str) else None
 
 
