@@ -58,7 +58,7 @@ class RowCollator:
             )
         ids: Tensor = batch["input_ids"]
         mask: Tensor | None = batch.get("attention_mask")
-        self._check_length(ids.shape[1])
+        self._check_length(ids, batch.get("position_ids"))
         batch["rows"] = supervised_rows(ids, mask, batch["labels"], shift=self.shift)
         batch["valid"] = valid_rows(ids, mask) if self.valid else None
         batch["keys"] = example_keys(ids, mask)
@@ -94,12 +94,16 @@ class RowCollator:
                     )
         return {name: tuple(str(example[name]) for example in examples) for name in self.columns}
 
-    def _check_length(self, length: int) -> None:
-        """Refuse what a model has no positions for; rotary ones would go on silently."""
+    def _check_length(self, ids: Tensor, places: Tensor | None) -> None:
+        """Refuse what a model has no positions for; rotary ones would go on silently.
+
+        Where examples are packed, positions start again with each.
+        """
+        length = ids.shape[1] if places is None or not places.numel() else int(places.max()) + 1
         if self.positions is not None and length > self.positions:
             raise InputError(
-                f"a batch is {length} tokens long and the models have {self.positions} positions; "
-                "cut the sequences, or give a dataset of `datasets`, which is cut here"
+                f"a sequence is {length} tokens long and the models have {self.positions} "
+                "positions; cut it, or give a dataset of `datasets`, which is cut here"
             )
 
 

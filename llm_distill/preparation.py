@@ -279,7 +279,10 @@ def _check_training_data(run: Run, args: TrainingArguments) -> None:
             "mean or group"
         )
     datasets = {name: run.kwargs.get(name) for name in ("train_dataset", "eval_dataset")}
-    tokenizer, read = run.kwargs["processing_class"], partial(readable, args=args)
+    tokenizer, read = (
+        run.kwargs["processing_class"],
+        partial(readable, args=args, columns=run.columns),
+    )
     recall.check_data(run.teacher, tokenizer, datasets, run.collator, read)
     batch = first_batch(
         run.collator,

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -17,12 +17,21 @@ def launch(module: str, *arguments: str, ranks: int = 1, timeout: int = 180) -> 
     Raises:
         AssertionError: With the output, if it fails.
     """
+    done = completed(module, *arguments, ranks=ranks, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+def completed(
+    module: str, *arguments: str, ranks: int = 1, timeout: int = 180
+) -> subprocess.CompletedProcess[str]:
+    """The same, however it ends."""
     command = [sys.executable, "-m", module, *arguments]
     if ranks > 1:
         run = ["torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
         command = [sys.executable, "-m", *run, "-m", module, *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    return subprocess.run(
         command,
         cwd=ROOT,
         env=environment,
@@ -31,8 +40,15 @@ def launch(module: str, *arguments: str, ranks: int = 1, timeout: int = 180) -> 
         timeout=timeout,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout
+
+
+def from_all(own: Any) -> list[Any]:
+    """What every rank has to say, in their order; a collective."""
+    if not dist.is_initialized():
+        return [own]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found
 
 
 def finish() -> NoReturn:

@@ -2,26 +2,33 @@
 
 Usage: python -m tests.placement_worker ENGINE FOLDER CELL...   (ENGINE: one, ddp, fsdp2)
 
-A cell is MODEL:SHARD[:SIZE], such as llama:tp:2; with :step behind it there are micro-batches of
-one sequence, and the teacher reads those of a step at once; with :data there is a map from data,
-fitted projectors, matched heads, and an evaluation of 9 rows, which no number of ranks divides;
-with :hidden, hidden states of lower blocks alone: upper blocks are not loaded. `pair` and
-`routed` are two teachers in pieces, heard together or each about its own examples.
+A cell is MODEL:SHARD[:SIZE], such as llama:tp:2; with :micro behind it there are micro-batches of
+one sequence, and with :step the teacher reads those of a step at once; with :data there is a map
+from data, fitted projectors, matched heads, and an evaluation of 9 rows, which no number of ranks
+divides; with :hidden, hidden states of lower blocks alone: upper blocks are not loaded. `pair` and
+`routed` are two teachers in pieces, heard together or each about its own examples; `own` is a model
+whose code lies beside it. Instead of SHARD, `disk` is a map over memory and disk, and `anywhere` is
+`device_map: auto` where there is less memory than the teachers need.
 """
 
 import os
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from tests import tiny
 from tests.exactness_worker import EMPTY, whole
 from tests.fsdp2_on_cpu import fsdp2_on_cpu
-from tests.launch import finish
+from tests.launch import finish, from_all
+from tests.reading import watched
+from tests.watching import Watch
+
+MEMORY = 1_200_000
+"""Bytes of a machine; two processes have half of it each, and the teachers half of that."""
 
 
 def objectives() -> list[Any]:
@@ -72,6 +79,13 @@ def apart() -> list[Any]:
     return [CrossEntropy(weight=0.5), Logits(temperature=2.0), hint]
 
 
+def logits() -> list[Any]:
+    """What every model gives."""
+    from llm_distill import CrossEntropy, Logits
+
+    return [CrossEntropy(weight=0.5), Logits(temperature=2.0)]
+
+
 def teacher_of(folder: Path, kind: str, settings: dict[str, Any]) -> Any:
     """One model, or two."""
     from llm_distill import Ensemble, Local, Routed
@@ -98,38 +112,18 @@ def student(kind: str) -> Any:
     return makers.get(kind, lambda: tiny.llama("student"))()
 
 
-class Watch:
-    """How often a teacher runs, and what it has gathered while it does."""
+def settings_of(kind: str, shard: str, words: list[str], patch: Any) -> dict[str, Any]:
+    """How a teacher shall lie, on a small machine where it may lie anywhere."""
+    from llm_distill.placement import launch
 
-    def __init__(self, model: Any) -> None:
-        """Look whenever a block is about to run; FSDP's own hook came before."""
-        from llm_distill import blocks
-
-        self._model, self._seen = model, {"forwards": 0, "live": 0, "block": 0}
-        for place, layer in enumerate(model.get_submodule(blocks.find(model))):
-            layer.register_forward_pre_hook(partial(self._look, first=place == 0))
-
-    def _look(self, module: Any, inputs: Any, *, first: bool) -> None:
-        """Before a block."""
-        del inputs
-        self._seen["forwards"] += first
-        for name, looked in (("live", self._model), ("block", module)):
-            self._seen[name] = max(self._seen[name], gathered(looked))
-
-    def told(self) -> dict[str, int]:
-        """What was seen, and how large the head is."""
-        head = self._model.get_output_embeddings()
-        size = 0 if head is None else head.weight.numel() * head.weight.element_size()
-        return self._seen | {"head": size}
-
-
-def gathered(model: Any) -> int:
-    """Bytes of weights that are whole here."""
-    from torch.distributed.tensor import DTensor
-
-    plain = [p for p in model.parameters() if not isinstance(p, DTensor)]
-    stores = {p.untyped_storage().data_ptr(): p.numel() * p.element_size() for p in plain}
-    return sum(stores.values())
+    given: dict[str, Any] = {"trust_remote_code": kind == "own"}
+    if shard == "disk":
+        return given | {"device_map": tiny.DISK}
+    if shard == "anywhere":
+        patch.setattr(launch, "free_bytes", lambda device: MEMORY)
+        return given | {"device_map": "auto"}
+    size = next((int(word) for word in words if word.isdigit()), None)
+    return given | {"shard": shard, "shard_size": size, "once_per_step": "step" in words}
 
 
 def train(folder: Path, cell: str) -> dict[str, Any]:
@@ -137,32 +131,32 @@ def train(folder: Path, cell: str) -> dict[str, Any]:
     from llm_distill import DistillTrainer
 
     kind, shard, *more = cell.split(":")
-    ahead, sizes = "step" in more, [int(word) for word in more if word.isdigit()]
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    batch = 1 if ahead else 8 // ranks
+    batch = 1 if {"step", "micro"} & {*more} else 8 // ranks
     args = tiny.arguments(
         folder / "out",
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=8 // ranks // batch,
     )
-    asked: Any = shard
-    size = sizes[0] if sizes else None
-    settings = {"shard": asked, "shard_size": size, "once_per_step": ahead}
-    teacher = teacher_of(folder, kind, settings)
-    sets = {"data": decided, "hidden": lower, "pair": together, "routed": apart}
+    sets = {"data": decided, "hidden": lower, "pair": together, "routed": apart, "own": logits}
     make = next((made for word, made in sets.items() if word in (kind, *more)), objectives)
-    trainer = DistillTrainer(
-        student(kind),
-        teacher,
-        make(),
-        args,
-        train_dataset=examples(kind),
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        read = watched(patch)
+        trainer = DistillTrainer(
+            student(kind),
+            teacher_of(folder, kind, settings_of(kind, shard, more, patch)),
+            make(),
+            args,
+            train_dataset=examples(kind),
+        )
     whole_source: Any = trainer._source
-    source = whole_source.sources[0] if kind in ("pair", "routed") else whole_source
+    sources = whole_source.sources if kind in ("pair", "routed") else [whole_source]
+    source = sources[0]
     watch = Watch(source.model)
     trainer.train()
     facts = {"weights": whole(trainer), **_told(trainer, source)} | watch.told()
+    facts["read"] = from_all(sum(size for _, size in read))
+    facts["load"] = sum(_size(each.model) for each in sources)
     if "data" in more:
         metrics = trainer.evaluate(eval_dataset=tiny.rows(9))
         facts["eval"] = {k: metrics[k] for k in ("eval_kl", "eval_agreement", "eval_loss")}
@@ -176,16 +170,21 @@ def _told(trainer: Any, source: Any) -> dict[str, Any]:
     from llm_distill.placement import groups, resident_bytes
 
     model = source.model
-    every = {id(p): p.numel() * p.element_size() for p in model.parameters()}
     return {
         "world": trainer.args.world_size,
         "wrapped": type(trainer.model_wrapped).__name__,
         "groups": groups(model),
-        "resident": resident_bytes(model),
-        "whole": sum(every.values()),
+        "resident": from_all(resident_bytes(model)),
+        "places": sorted(set(map(str, getattr(model, "hf_device_map", {}).values()))),
+        "whole": _size(model),
         "gathered": [n for n, p in model.named_parameters() if not isinstance(p, DTensor)],
         "told": list(source.told),
     }
+
+
+def _size(model: Any) -> int:
+    """Bytes of all weights, wherever they lie; of tied ones once."""
+    return sum({id(p): p.numel() * p.element_size() for p in model.parameters()}.values())
 
 
 def main(engine: str, folder: Path, cells: list[str]) -> None:

@@ -85,6 +85,11 @@ def test_batches_longer_than_the_positions_are_refused() -> None:
     short = RowCollator(lambda examples: dict(made), shift=True, valid=False, positions=8)
     with pytest.raises(InputError, match="9 tokens long and the models have 8 positions"):
         short([])
+    made["position_ids"] = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 2)
+    assert len(short([])["rows"])  # of examples that are packed, each is short enough
+    made["position_ids"] = torch.arange(9)[None].repeat(2, 1)
+    with pytest.raises(InputError, match="a sequence is 9 tokens long"):
+        short([])
 
 
 MASKED: dict[str, list[int]] = {"input_ids": [5, 6, 7], "labels": [-100, -100, -100]}

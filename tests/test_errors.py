@@ -1,6 +1,6 @@
 import pytest
 
-from llm_distill.errors import InputError, ServerError
+from llm_distill.errors import InputError, OwnError, ServerError, each_by_itself
 
 
 def test_callers_that_expect_a_value_error_catch_it() -> None:
@@ -10,3 +10,9 @@ def test_callers_that_expect_a_value_error_catch_it() -> None:
 
 def test_a_server_that_dies_is_no_bad_input() -> None:
     assert not issubclass(ServerError, ValueError)
+
+
+def test_what_one_process_meets_alone_is_bad_input_too() -> None:
+    with pytest.raises(OwnError, match="my example"), each_by_itself():
+        raise InputError("my example")
+    assert issubclass(OwnError, InputError)

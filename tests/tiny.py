@@ -32,6 +32,18 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 VOCABULARY = 128
 POSITIONS = 64
 
+DISK = {
+    "model.embed_tokens": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.layers.2": "cpu",
+    "model.layers.3": "disk",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "lm_head": "disk",
+}
+"""A `device_map` of the Llama teacher: block by block, and the head."""
+
 
 def llama(role: str, *, tied: bool = False, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
     """A student (2 blocks, width 32) or a teacher (4 blocks, width 64), sharper than at init."""

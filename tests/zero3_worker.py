@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from tests import placement_worker, tiny
-from tests.launch import finish
+from tests.launch import finish, from_all
 
 SETTINGS: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": "auto",
@@ -174,7 +174,7 @@ def train(engine: str, folder: Path, cell: str) -> dict[str, Any]:
 
 
 def _lies(trainer: Any) -> dict[str, Any]:
-    """What runs, and how much of the models lies here after three steps."""
+    """What runs, and how much of the models lies on each rank after three steps."""
     from llm_distill.pieces import shape_of
     from llm_distill.placement import resident_bytes
 
@@ -184,11 +184,12 @@ def _lies(trainer: Any) -> dict[str, Any]:
 
     engine, source = trainer.model_wrapped, trainer._source
     sources = source.sources if "sources" in vars(source) else [source]
-    facts: dict[str, Any] = {"engine": type(engine).__name__, "student": sizes(trainer.distiller)}
+    student = from_all(sizes(trainer.distiller))
+    facts: dict[str, Any] = {"engine": type(engine).__name__, "student": student}
     if facts["engine"] == "DeepSpeedEngine":
         facts["clipping"] = float(engine.gradient_clipping())
     held = [one.model for one in sources if one.model is not None]
-    return facts | {"teachers": [sizes(model) for model in held]}
+    return facts | {"teachers": [from_all(sizes(model)) for model in held]}
 
 
 def main(engine: str, folder: Path, cells: list[str]) -> None:

@@ -17,7 +17,9 @@ from transformers import TrainingArguments
 from llm_distill import binding, hints, naming
 from llm_distill.cache import frames, shards
 from llm_distill.cache.layers import Layers
+from llm_distill.capture import plain
 from llm_distill.errors import InputError
+from llm_distill.placement import dtype_of
 from llm_distill.preparation import Run, readable
 from llm_distill.teachers import Cached, Local
 
@@ -26,12 +28,22 @@ if TYPE_CHECKING:
     from llm_distill.cache.frames import Frame
     from llm_distill.naming import Named
     from llm_distill.objectives import Objective
+    from llm_distill.teachers import Teacher
 
 SHARD_BYTES = 64 << 20
 """Of a shard, about: what a killed run loses at most, for each rank."""
 
 SHARD_ROWS = 1024
 """Supervised rows of a shard at least, where no hidden states are kept."""
+
+
+def loads_in(teacher: Teacher) -> torch.dtype:
+    """Dtype of a teacher's weights once it is loaded, which is not always its checkpoint's."""
+    if not isinstance(teacher, Local):
+        return torch.float32
+    if not isinstance(teacher.model, str):
+        return plain(teacher.model).dtype
+    return dtype_of(teacher.config, teacher.asked_dtype or "auto")
 
 
 @dataclass(frozen=True)
@@ -158,9 +170,8 @@ class Capture:
     @cached_property
     def row_bytes(self) -> float:
         """Bytes of a row, at most."""
-        teacher = self.run.teacher
-        dtype = teacher.loads_in if isinstance(teacher, Local) else torch.float32
-        return self.estimator.row_bytes(self.vocabulary, teacher.spec.width, dtype.itemsize)
+        width = self.run.teacher.spec.width
+        return self.estimator.row_bytes(self.vocabulary, width, loads_in(self.run.teacher).itemsize)
 
     def tokens(self, name: str) -> Sequence[int]:
         """Tokens of each example of a split whose states are kept."""

@@ -9,7 +9,7 @@ from llm_distill import hints, mapping, recall
 from llm_distill.caching import Capture, write_cache
 from llm_distill.cli.plan import plan
 from llm_distill.cli.reading import open_screen, read_data, trainer_inputs
-from llm_distill.errors import InputError
+from llm_distill.errors import InputError, each_by_itself
 from llm_distill.layers import LayerEvidence
 from llm_distill.preparation import prepare_run
 from llm_distill.teachers import Cached, Local
@@ -64,7 +64,8 @@ def cache(recipe: Recipe, *, overwrite: bool = False) -> Manifest:
         capture = Capture(run, cached, args)
         for line in expected(capture):
             screen.say(line)
-        written = write_cache(capture, overwrite=overwrite)
+        with each_by_itself():
+            written = write_cache(capture, overwrite=overwrite)
     except InputError:
         raise
     except ValueError as error:

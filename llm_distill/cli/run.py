@@ -12,7 +12,7 @@ from llm_distill.cli.output import clear, refuse_finished, sign, start_from
 from llm_distill.cli.plan import Plan, plan
 from llm_distill.cli.reading import open_screen, read_data, trainer_inputs
 from llm_distill.data import Prepared
-from llm_distill.errors import InputError
+from llm_distill.errors import InputError, each_by_itself
 from llm_distill.recipe import Recipe
 from llm_distill.trainer import DistillTrainer
 
@@ -52,7 +52,8 @@ def run(recipe: Recipe, *, resume: str | None = None, overwrite: bool = False) -
         sign(folder, recipe)
     trainer.accelerator.wait_for_everyone()
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with each_by_itself():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except FloatingPointError:
         trainer.end()  # all ranks are here: none waits for another
         raise
@@ -101,7 +102,8 @@ def _finish(trainer: DistillTrainer, prepared: Prepared, screen: Screen) -> dict
     """Evaluate, save, push."""
     if prepared.counter is not None:
         screen.say(f"Data that was read: {prepared.counter.report()}")
-    metrics = trainer.evaluate() if prepared.eval is not None else {}
+    with each_by_itself():
+        metrics = trainer.evaluate() if prepared.eval is not None else {}
     trainer.save_model(_internal_call=True)  # without a push: that comes once, with the card
     trainer.save_state()
     if metrics:

@@ -35,7 +35,7 @@ Teacher = Projection | Tensor | Combined | Sparse
 HALF = 2
 """Bytes of an fp16 or bf16 number."""
 
-BLOCK = {"cpu": 3 << 16, "cuda": 1 << 24}
+BLOCK = {"cpu": 3 << 17, "cuda": 1 << 24}
 """Logits of an elementwise block: in the cache of a core, or enough to fill a GPU."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,26 @@ if TYPE_CHECKING:
     from llm_distill.losses.closed import Form
     from llm_distill.losses.rowwise import RowFunction, Tempered
     from llm_distill.losses.sparse import Counts, TopK
+
+
+class Coarse(NamedTuple):
+    """What is found on a sparse target; its gradient is `rest` x `scale`, with `kept` at `ids`.
+
+    The one factor that is as wide as the vocabulary is left to whoever adds it up.
+
+    Attributes:
+        values: `[n]`.
+        rest: `[n, V]`, a work buffer.
+        scale: `[n, 1]`, or one for all rows; None where there is no gradient.
+        ids: `[n, K]`.
+        kept: `[n, K]`.
+    """
+
+    values: Tensor
+    rest: Tensor
+    scale: Tensor | float | None
+    ids: Tensor
+    kept: Tensor
 
 
 def differentiate(
@@ -43,16 +63,16 @@ def coarse_score(
     *,
     wanted: bool,
     form: Form | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """A divergence between K kept tokens and the rest: `[n, V] -> [n]`, and its gradient `[n, V]`.
+) -> Coarse:
+    """A divergence between K kept tokens and the rest, and its gradient.
 
     The student's tokens outside the K share the gradient of their sum, each by its probability:
     with u the coarse logits, `du_rest / dz_v = q_v / q_rest`, which is the softmax of the tail and
-    known where q_rest underflows. None where there is no gradient.
+    known where q_rest underflows.
 
     Args:
         term: The divergence.
-        student: Finite logits; a buffer meanwhile, and in the end as they were.
+        student: Finite logits, `[n, V]`; a buffer meanwhile, and in the end as they were.
         target: Of these rows.
         labels: `[n]`.
         scratch: Work buffers.
@@ -71,6 +91,7 @@ def coarse_score(
     kept, tail = kept - largest, (total.top - largest).add_(total.rest)
     if ids.shape[1] == student.shape[1]:  # softmax found equal tokens where there are none
         tail.fill_(FLOOR)
+        rest.zero_()
     coarse, told = torch.cat([kept, tail], -1), target.targets().to(kept.dtype)
     if form is not None:
         values, slope = _by_form(form, term, coarse, told)
@@ -83,8 +104,8 @@ def coarse_score(
 
         values, slope = differentiate(normalised, coarse, told, places, wanted=wanted)
     if slope is None:
-        return values, None
-    return values, rest.mul_(slope[:, -1:]).scatter_(-1, ids, slope[:, :-1])
+        return Coarse(values, rest, None, ids, kept)
+    return Coarse(values, rest, slope[:, -1:], ids, slope[:, :-1])
 
 
 def _by_form(
@@ -101,16 +122,13 @@ def _by_form(
     return found.value * term.factor, slope
 
 
-def sampled_score(
-    term: Tempered, student: Tensor, target: Counts, scratch: Scratch
-) -> tuple[Tensor, Tensor]:
-    """Forward KL to sampled tokens: `[n, V] -> [n]`, and its gradient q - counts / draws."""
+def sampled_score(term: Tempered, student: Tensor, target: Counts, scratch: Scratch) -> Coarse:
+    """Forward KL of sampled tokens from logits `[n, V]`, and its gradient q - counts / draws."""
     q = torch.softmax(student, -1, out=scratch("q", *student.shape))
     log_q = log_total(student, q).over(student.gather(-1, target.ids)).neg_()
     share = target.counts.to(q.dtype) / target.draws
     values = (torch.xlogy(share, share) - share * log_q).sum(-1)
-    q.scatter_add_(-1, target.ids, -share)
-    return values * term.factor, q.mul_(term.factor)
+    return Coarse(values * term.factor, q, term.factor, target.ids, share.mul_(-term.factor))
 
 
 def _coarse_labels(labels: Tensor, ids: Tensor) -> Tensor:

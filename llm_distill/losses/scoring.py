@@ -7,7 +7,7 @@ autograd on its block.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llm_distill.losses.blending import Blend, Combined, Switch
 from llm_distill.losses.closed import Form
-from llm_distill.losses.gathered import coarse_score, differentiate, sampled_score
+from llm_distill.losses.gathered import Coarse, coarse_score, differentiate, sampled_score
 from llm_distill.losses.pairs import Pair, Scratch, Total, log_total
 from llm_distill.losses.planning import Group, Member, Plan
 from llm_distill.losses.projection import Finish
@@ -141,7 +141,7 @@ class _Block:
             given = (self.s, self._told(term), self.labels)
             self._take(place, *differentiate(term, *given, wanted=self._trained(place)))
         for place, divergence in plan.coarse:
-            self._take(place, *self._coarse(place, divergence))
+            self._coarse(place, divergence)
         for k, group in enumerate(plan.groups):
             self._closed(group, last=k == last)
         if self.job.wanted:
@@ -203,21 +203,26 @@ class _Block:
         """Whether a term has a gradient at all."""
         return self.job.wanted and place < len(self.job.shares)
 
-    def _coarse(self, place: int, term: Tempered) -> tuple[Tensor, Tensor | None]:
-        """A divergence on a sparse target."""
-        if not isinstance(self.target, Several):
-            return self._coarse_one(place, term, self.target)
-        total, slope = torch.zeros_like(self.values[place]), None
-        for part, weight in zip(self.target.parts, self.target.weights, strict=True):
-            values, own = self._coarse_one(place, term, part)
-            total += weight * values
-            if own is not None:  # in a work buffer
-                slope = own * weight if slope is None else slope.add_(own, alpha=weight)
-        return total, slope
+    def _coarse(self, place: int, term: Tempered) -> None:
+        """A divergence on a sparse target; on several, the weighted sum of those on each."""
+        parts: Iterable[tuple[Target, float]] = ((self.target, 1.0),)
+        if isinstance(self.target, Several):
+            parts = zip(self.target.parts, self.target.weights, strict=True)
+        self.values[place] = 0.0
+        for part, weight in parts:
+            found = self._coarse_one(place, term, part)
+            self.values[place].add_(found.values, alpha=weight)
+            self._add_coarse(found, self._share(place) * weight)
 
-    def _coarse_one(
-        self, place: int, term: Tempered, target: Target
-    ) -> tuple[Tensor, Tensor | None]:
+    def _add_coarse(self, found: Coarse, weight: Tensor | float) -> None:
+        """Add a gradient that is in two parts."""
+        nothing = isinstance(weight, float) and weight == 0.0
+        if found.scale is None or nothing or not self.job.wanted:
+            return
+        self._add(found.rest, found.scale * weight)
+        self.slope.scatter_add_(-1, found.ids, found.kept * weight)
+
+    def _coarse_one(self, place: int, term: Tempered, target: Target) -> Coarse:
         """A divergence on the sparse target of one teacher."""
         student = cut(self.s, min(term.width or self.s.shape[1], self.s.shape[1]))
         if isinstance(target, Counts):

@@ -2,12 +2,13 @@
 
 from llm_distill.placement.choice import (
     Facts,
-    Launch,
     Placement,
     choose,
     compare,
 )
+from llm_distill.placement.device_maps import check_device_map, is_word, own_places
 from llm_distill.placement.launch import caps, launched
+from llm_distill.placement.machines import Launch
 from llm_distill.placement.partitioning import load_partitioned
 from llm_distill.placement.sharding import (
     groups,
@@ -25,15 +26,18 @@ __all__ = [
     "Shard",
     "Spread",
     "caps",
+    "check_device_map",
     "check_spec",
     "choose",
     "compare",
     "dtype_of",
     "facts_of",
     "groups",
+    "is_word",
     "launched",
     "load_partitioned",
     "load_sharded",
+    "own_places",
     "resident_bytes",
     "skeleton",
 ]

@@ -9,39 +9,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from llm_distill.errors import InputError
+from llm_distill.placement.machines import check_copies, check_size, uneven
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from llm_distill.placement.machines import Launch
     from llm_distill.placement.spec import Shard
 
 SHARE = 0.5
 """Of a device's free memory that a whole teacher may take; the student, its optimizer and its
 activations come later and need the rest."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How this run was started.
-
-    Attributes:
-        world: Processes.
-        local: Processes on this machine.
-        device: `cuda`, `cpu`, …, where each process trains.
-        free: Bytes that the device of the fullest process could still give.
-        deepspeed: Whether it is a run of DeepSpeed.
-    """
-
-    world: int = 1
-    local: int = 1
-    device: str = "cpu"
-    free: int = 0
-    deepspeed: bool = False
-
-    @property
-    def nodes(self) -> int:
-        """Machines, as far as they have the same number of processes."""
-        return max(1, self.world // max(1, self.local))
 
 
 @dataclass(frozen=True)
@@ -134,6 +112,7 @@ def choose(shard: Shard, size: int | None, facts: Facts, launch: Launch) -> Plac
     Raises:
         InputError: If it does not go with the launch or the model.
 
+    >>> from llm_distill.placement import Launch
     >>> launch = Launch(world=16, local=8, device="cuda", free=80 * 10**9)
     >>> choose("auto", None, Facts("7B", 15 * 10**9), launch).kind
     'replica'
@@ -157,10 +136,10 @@ def choose(shard: Shard, size: int | None, facts: Facts, launch: Launch) -> Plac
         placed = Placement(shard, fsdp=launch.world, reason="as asked")
         return _checked(placed, facts) if shard == "fsdp2" else placed
     shared = launch.local if size is None else size
-    _check_size(shard, shared, facts, launch)
+    check_size(shard, size, facts.name, launch)
     rest = launch.world // shared
     if shard == "hsdp":
-        _check_copies(rest, facts, launch)
+        check_copies(rest, facts.name, launch)
         return _checked(Placement("hsdp", shared, replicas=rest, reason="as asked"), facts)
     placed = Placement("tp", fsdp=rest, tp=shared, reason="as asked")
     _check_heads(placed, facts)
@@ -184,6 +163,12 @@ def _automatic(facts: Facts, launch: Launch) -> Placement:
             f"teacher {facts.name} takes {_gigabytes(facts.size)}, more than half {told}, and its "
             f"{why}, so that it cannot {pieces}; write shard: replica to load it whole all "
             "the same, or take a smaller teacher"
+        )
+    if not launch.even:
+        raise InputError(
+            f"teacher {facts.name} takes {_gigabytes(facts.size)}, more than half {told}, and "
+            f"{uneven(launch)}, so that a copy cannot lie in pieces inside each; start the same "
+            "number on every machine, or write shard: fsdp2, which keeps one copy on all of them"
         )
     inside = launch.local if launch.local > 1 else launch.world
     copies = launch.world // inside
@@ -218,30 +203,6 @@ def _refuse_size(shard: str, size: int | None, facts: Facts) -> None:
         raise InputError(
             f"teacher {facts.name}: shard={shard!r} takes no shard_size ({size}); leave it out, or "
             "write shard: hsdp to keep several copies"
-        )
-
-
-def _check_size(shard: str, size: int, facts: Facts, launch: Launch) -> None:
-    """Refuse a number that the processes cannot be divided by."""
-    if size < 2 or launch.world % size:
-        fitting = [str(n) for n in range(2, launch.world + 1) if launch.world % n == 0]
-        raise InputError(
-            f"teacher {facts.name}: shard={shard!r} with {size} of {launch.world} processes to a "
-            f"copy; write shard_size: {' or '.join(fitting)}"
-        )
-    if launch.local % size and size % launch.local:
-        raise InputError(
-            f"teacher {facts.name}: {size} processes to a copy do not fit {launch.local} on each "
-            f"machine; write shard_size: {launch.local}"
-        )
-
-
-def _check_copies(copies: int, facts: Facts, launch: Launch) -> None:
-    """Refuse HSDP with one copy, which is another kind."""
-    if copies == 1:
-        raise InputError(
-            f"teacher {facts.name}: shard='hsdp' keeps a copy on each machine and there is one "
-            f"machine with {launch.world} processes; write shard: fsdp2, or a smaller shard_size"
         )
 
 

@@ -20,22 +20,26 @@ from llm_distill.placement import (
     Shard,
     Spread,
     caps,
+    check_device_map,
     check_spec,
     choose,
     compare,
     dtype_of,
     facts_of,
+    is_word,
     launched,
     load_partitioned,
     load_sharded,
+    own_places,
     skeleton,
 )
 from llm_distill.quantising import Quantize
 from llm_distill.signals import ModelSpec, Request
-from llm_distill.teachers.local_source import LocalSource
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+from llm_distill.teachers.local_source import LocalSource
 
 WHOLE = Placement("replica")
 """Of a model that lies where its one process trains, or where it was put before."""
@@ -52,7 +56,9 @@ class Local:
             keeps its checkpoint's dtype and a student gets fp32 master weights.
         revision: Branch, tag or commit on the Hub.
         trust_remote_code: Run code from the repository of this model; never by default.
-        device_map: As in transformers, over CPU, disk, or the GPUs of one process.
+        device_map: As in transformers, over CPU, disk, or the GPUs of one process. Of several each
+            has its own copy: `auto` spreads it over its device, memory and disk, and a mapping
+            names `cpu` and `disk` alone.
         shard: How a teacher lies on several processes. `replica`: whole on each. `fsdp2`: each
             keeps a piece of every block, and blocks are gathered one at a time; `hsdp`: the same
             inside each machine, with a copy on every machine; `tp`: the processes of a machine
@@ -166,7 +172,7 @@ class Local:
         return loading.load_model(
             self.model,
             self._config_for(request),
-            dtype=self._dtype or default_dtype,
+            dtype=self.asked_dtype or default_dtype,
             backbone=request is not None and not request.logits,
             device_map=self.device_map or device_map,
             max_memory=max_memory,
@@ -179,11 +185,7 @@ class Local:
         Raises:
             InputError: Naming the teacher, and what to write instead.
         """
-        if self.device_map is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise InputError(
-                f"teacher {self.name}: device_map={self.device_map!r} with several processes would "
-                "put every process's copy on the same devices; leave it out, or start one process"
-            )
+        check_device_map(self.device_map, self.name, quantised=self.quantize is not None)
         if self.quantize is not None:
             bare = skeleton(self.config, trust_remote_code=self.trust_remote_code)
             quantising.check(self.quantize, bare, self.name, device, self.device_map)
@@ -207,7 +209,7 @@ class Local:
         """
         self.check(request, device)
         placement, facts = self._placed(request, device)
-        told = () if placement == WHOLE else (placement.describe(facts),)
+        told = (placement.describe(facts),) if placement.reason else ()
         if self.quantize is not None:
             whole = self.unquantised._facts(request)
             told = (*told, compare(self.quantize, self._facts(request), whole))
@@ -217,8 +219,9 @@ class Local:
             spread = Spread.of(model) if placement.tp > 1 else None
         else:
             model = self._load_whole(request, placement, device)
-            if self.quantize is None and getattr(model, "hf_device_map", None) is None:
-                cast("torch.nn.Module", model).to(device)
+            stays = self.quantize is not None or self.device_map is not None
+            if not stays and getattr(model, "hf_device_map", None) is None:
+                cast("nn.Module", model).to(device)
         return LocalSource(
             model, request, self.name, device, spread=spread, told=told, ahead=self.once_per_step
         )
@@ -226,7 +229,7 @@ class Local:
     def _load_pieces(self, request: Request, placement: Placement, facts: Facts) -> PreTrainedModel:
         """The pieces of the model that are this process's. A collective."""
         name, config = str(self.model), self._config_for(request)
-        how = {"dtype": self._dtype or "auto", "backbone": not request.logits, **self._options}
+        how = {"dtype": self.asked_dtype or "auto", "backbone": not request.logits, **self._options}
         if placement.kind == "zero3":
             return load_partitioned(name, config, **how)
         return load_sharded(name, config, placement, facts, **how)
@@ -243,22 +246,23 @@ class Local:
 
     def _placed(self, request: Request, device: torch.device) -> tuple[Placement, Facts]:
         """Where the weights go, and what that depends on. A collective."""
-        if not isinstance(self.model, str) or self.device_map is not None:
+        mapped = self.device_map is not None
+        if not isinstance(self.model, str) or (mapped and not is_word(self.device_map)):
             return WHOLE, Facts(self.name, 0)
         launch = launched(device)
-        if launch.world == 1 and self.shard == "replica":
+        if launch.world == 1 and (mapped or self.shard == "replica"):
             return WHOLE, Facts(self.name, 0)
         facts = self._facts(request)
-        placement = choose(self.shard, self.shard_size, facts, launch)
-        whole = placement.kind == "replica" and launch.world == 1
-        return WHOLE if whole else placement, facts
+        if mapped:
+            return own_places(str(self.device_map), launch), facts
+        return choose(self.shard, self.shard_size, facts, launch), facts
 
     def _facts(self, request: Request) -> Facts:
         """What a placement depends on."""
         return facts_of(
             self._config_for(request),
             self.name,
-            dtype=self._dtype or "auto",
+            dtype=self.asked_dtype or "auto",
             trust_remote_code=self.trust_remote_code,
             quantize=self.quantize,
         )
@@ -270,13 +274,7 @@ class Local:
         return replace(self, quantize=None, shard="auto", device_map=where)
 
     @property
-    def loads_in(self) -> torch.dtype:
-        """Dtype of its weights once it is loaded."""
-        given = None if isinstance(self.model, str) else plain(self.model).dtype
-        return given or dtype_of(self.config, self._dtype or "auto")
-
-    @property
-    def _dtype(self) -> str | None:
+    def asked_dtype(self) -> str | None:
         """Of its weights, but for those that are quantised."""
         if self.quantize is None or self.dtype is not None:
             return self.dtype
@@ -291,7 +289,9 @@ class Local:
         """For `from_pretrained`."""
         how = None
         if self.quantize is not None:
-            how = quantising.settings(self.quantize, dtype_of(self.config, self._dtype or "auto"))
+            how = quantising.settings(
+                self.quantize, dtype_of(self.config, self.asked_dtype or "auto")
+            )
         return {
             "revision": self.revision,
             "trust_remote_code": self.trust_remote_code,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llm_distill.capture import Reader
 from llm_distill.losses.sparse import Counts, TopK
+from llm_distill.pieces import in_pieces
 from llm_distill.rows import Batch
 from llm_distill.signals import Dense, Distribution, Factored, Head, Request, Signals
 
@@ -55,6 +56,9 @@ class LocalSource:
         self.device, self.told, self._name, self._spread = device, told, name, spread
         self._reader: Reader | None = None
         self._ahead, self._known = ahead, dict[int, Known]()
+        # Where it was put and nothing brings its inputs there, as a device map of one place has it.
+        hooked = getattr(model, "hf_device_map", None) is not None or in_pieces(model)
+        self._place = device if hooked else model.device
         self.ask(request)
 
     @torch.no_grad()
@@ -85,6 +89,8 @@ class LocalSource:
         """Signals of some batches, in one forward."""
         if self._reader is None:
             raise RuntimeError("this teacher was closed; open it again")
+        if self._place != self.device:
+            batches = [batch.to(self._place) for batch in batches]
         found = self._reader.read_all(batches)
         self._reader.release()
         return [moved(signals, self.device) for signals in found]

@@ -9,12 +9,13 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 
-from llm_distill import HiddenStates
+from llm_distill import HiddenStates, Local
 from llm_distill.cache import shards
 from llm_distill.cache.estimators import hidden
 from llm_distill.cache.layers import Layers
-from llm_distill.caching.plan import Capture, Part
+from llm_distill.caching.plan import Capture, Part, loads_in
 from llm_distill.data import Collator
 from llm_distill.errors import InputError
 from llm_distill.layers import explicit, uniform
@@ -95,6 +96,14 @@ class TestHints:
         assert moved.layers is not None
         assert moved.layers.layers == (2, 4)
         assert made.maps == {}
+
+
+def test_the_dtype_that_is_loaded(tmp_path: Path) -> None:
+    tiny.llama("teacher").bfloat16().save_pretrained(tmp_path)
+    for spec in (Local(str(tmp_path)), Local(str(tmp_path), dtype="float32")):
+        assert loads_in(spec) is spec.load().dtype
+    assert loads_in(Local(tiny.llama("teacher").half(), dtype="float32")) is torch.float16
+    assert loads_in(Local(str(tmp_path), quantize="torchao_int8")) is torch.bfloat16
 
 
 def test_several_evaluation_sets(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from llm_distill import __version__, loading
 from llm_distill.cli.main import main, split_overrides
-from llm_distill.errors import InputError
+from llm_distill.errors import InputError, OwnError, ServerError
 from llm_distill.recipe import document
 from tests import on_disk
 from tests.cli.conftest import Cli
@@ -130,6 +130,30 @@ class TestArguments:
         monkeypatch.setenv("RANK", "1")
         assert main(["run", "nowhere.yaml"]) == 2
         assert capsys.readouterr().err == ""
+
+    @pytest.mark.parametrize(
+        ("error", "words"),
+        [
+            (OwnError("example 7 is not there"), "llm-distill process 1: example 7 is not there\n"),
+            (ServerError("it went away"), "llm-distill process 1: it went away\n"),
+            (InputError("nobody can do this"), ""),
+        ],
+    )
+    def test_what_another_process_meets_alone_is_told_by_it(
+        self,
+        error: Exception,
+        words: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        def fail(*_: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(sys.modules["llm_distill.cli.main"], "_do", fail)
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert main(["run", "x.yaml"]) in (1, 2)
+        assert capsys.readouterr().err == words
 
 
 class TestBadInput:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests import on_disk
 from tests.cli.conftest import Cli
+from tests.launch import completed
 
 
 def routed(models: Path, folder: Path, kinds: str = "ab") -> dict[str, Any]:
@@ -123,3 +125,39 @@ def test_a_quantised_student(cli: Cli, models: Path) -> None:
     done = cli("check", student=student)
     assert done.code == 2
     assert "is for teachers" in done.err
+
+
+def test_a_cache_beside_experts(cli: Cli, models: Path, tmp_path: Path) -> None:
+    """The examples of a cache are named without the column that the experts go by."""
+    sections = routed(models, tmp_path)
+    sections["teacher"]["Routed"]["experts"]["b"] = str(models / "teacher")
+    kept = {"path": str(tmp_path / "kept"), "of": str(models / "teacher"), "keep": "hidden"}
+    made = cli("cache", teacher={"Cached": kept}, data=sections["data"])
+    assert made.code == 0, made.err
+    members = [sections["teacher"], {"Cached": {"path": kept["path"]}}]
+    done = cli("run", teacher={"Ensemble": {"members": members}}, data=sections["data"])
+    assert done.code == 0, done.err
+
+
+def test_what_one_process_meets_is_told(cli: Cli, models: Path, tmp_path: Path) -> None:
+    """A stream is looked up batch by batch: here the second process alone misses an example."""
+    lines = [json.dumps({"text": f"{on_disk.SENTENCES[k % 4]} {k}"}) for k in range(16)]
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    kept = {"Cached": {"path": str(tmp_path / "kept"), "of": str(models / "teacher")}}
+    made = cli("cache", teacher=kept, data={"path": str(path), "max_length": 32})
+    assert made.code == 0, made.err
+    lines[6] = json.dumps({"text": "a dog that nobody cached"})
+    path.write_text("\n".join(lines), encoding="utf-8")
+    recipe = on_disk.document(models) | {
+        "teacher": kept,
+        "data": {"path": str(path), "max_length": 32, "streaming": True},
+    }
+    recipe["training"] |= {"output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 4}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    done = completed("llm_distill", "run", str(tmp_path / "recipe.yaml"), ranks=2)
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("llm-distill")]
+    assert len(told) == 1
+    assert "llm-distill process 1: " in told[0]
+    assert "1 of the 4 examples of this batch are not in the cache" in told[0]

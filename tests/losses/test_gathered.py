@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llm_distill.losses import alpha_beta, decoupled, forward_kl, jsd, reverse_kl, todi, tvd
-from llm_distill.losses.gathered import coarse_score, differentiate, sampled_score
+from llm_distill.losses.gathered import Coarse, coarse_score, differentiate, sampled_score
 from llm_distill.losses.pairs import Scratch
 from llm_distill.losses.rowwise import Tempered
 from llm_distill.losses.sparse import Counts, TopK, coarsen, sampled_kl
@@ -28,6 +28,13 @@ def by_autograd(function: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tenso
     at = at.detach().requires_grad_()
     values = function(at)
     return values.detach(), torch.autograd.grad(values.sum(), at)[0]
+
+
+def summed(found: Coarse) -> tuple[Tensor, Tensor | None]:
+    """Values and gradient, as whoever adds it up makes it of its parts."""
+    if found.scale is None:
+        return found.values, None
+    return found.values, (found.rest * found.scale).scatter_add(-1, found.ids, found.kept)
 
 
 def places(ids: Tensor) -> Tensor:
@@ -112,7 +119,7 @@ class TestCoarse:
 
         expected = by_autograd(whole, student)
         z = student.detach().clone()
-        found = coarse_score(term, z, target, LABELS, scratch(), wanted=True)
+        found = summed(coarse_score(term, z, target, LABELS, scratch(), wanted=True))
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
         assert torch.equal(z, student)
 
@@ -131,9 +138,9 @@ class TestCoarse:
         self.check(term, V)
         student, teacher = (z.detach() for z in logits(N, V))
         target = TopK.of(teacher, V)
-        values, slope = coarse_score(term, student, target, LABELS, scratch(), wanted=True)
+        found = coarse_score(term, student, target, LABELS, scratch(), wanted=True)
         dense = by_autograd(lambda z: term(z, teacher, LABELS), student)
-        torch.testing.assert_close((values, slope), dense, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(summed(found), dense, rtol=1e-10, atol=1e-12)
 
     def test_the_label_is_found_among_the_kept_tokens(self) -> None:
         kept = places(TopK.of(logits(N, V)[1], K).ids)
@@ -153,7 +160,7 @@ class TestCoarse:
         student = torch.tensor([[40.0, 0.0, 0.0, 1.0]])
         target = TopK.of(torch.tensor([[5.0, 1.0, 1.0, 0.0]]), 1)
         given = student, target, torch.tensor([0]), Scratch(4, torch.float32, torch.device("cpu"))
-        values, slope = coarse_score(Tempered(), *given, wanted=True)
+        values, slope = summed(coarse_score(Tempered(), *given, wanted=True))
         expected = by_autograd(
             lambda z: forward_kl(coarsen(z, target.ids), target.targets().double()),
             student.double(),
@@ -168,7 +175,7 @@ class TestCoarse:
         student = torch.tensor([[size, 0.0, 0.0, 1.0]])
         target = TopK.of(torch.tensor([[2.0, 1.0, 1.0, 0.0]]), 1)
         given = student, target, torch.tensor([0]), Scratch(4, torch.float32, torch.device("cpu"))
-        values, slope = coarse_score(Tempered(), *given, wanted=True)
+        values, slope = summed(coarse_score(Tempered(), *given, wanted=True))
         expected = by_autograd(
             lambda z: forward_kl(coarsen(z, target.ids), target.targets().double()),
             student.double(),
@@ -189,7 +196,7 @@ class TestCoarse:
         target = TopK.of(teacher, K)
         for term, wanted in ((Tempered(lambda s, t: t.sum(-1)), True), (Tempered(), False)):
             given = student.detach(), target, LABELS, scratch()
-            values, slope = coarse_score(term, *given, wanted=wanted)
+            values, slope = summed(coarse_score(term, *given, wanted=wanted))
             assert slope is None
             assert values.isfinite().all()
 
@@ -202,7 +209,7 @@ class TestSampled:
         assert (target.counts == 0).any()  # rows that are filled up with a token of their own
         term = Tempered(factor=3.0)
         z = student.detach().clone()
-        found = sampled_score(term, z, target, scratch())
+        found = summed(sampled_score(term, z, target, scratch()))
         expected = by_autograd(lambda at: 3.0 * sampled_kl(at, target), student)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
         assert torch.equal(z, student)
@@ -211,8 +218,9 @@ class TestSampled:
         target = Counts(torch.tensor([[1]]), torch.tensor([[5]]), draws=5)
         student = torch.tensor([[0.0, -1e30, 1.0]])
         box = Scratch(3, torch.float32, torch.device("cpu"))
-        values, slope = sampled_score(Tempered(), student, target, box)
+        values, slope = summed(sampled_score(Tempered(), student, target, box))
         assert values.item() == pytest.approx(1e30)
+        assert slope is not None
         assert slope.isfinite().all()
         assert math.isclose(slope.sum().item(), 0.0, abs_tol=1e-6)
 
@@ -222,7 +230,7 @@ def test_a_loss_of_ones_own_sees_both_sides_normalised() -> None:
     z = torch.randn(4, 9, dtype=torch.float64)
     term = Tempered(lambda s, t: (s - t).square().mean(-1))
     given = z.clone(), TopK.of(z, 3), torch.zeros(4, dtype=torch.long), scratch()
-    values, slope = coarse_score(term, *given, wanted=True)
+    values, slope = summed(coarse_score(term, *given, wanted=True))
     assert values.abs().max() < 1e-20
     assert slope is not None
     assert slope.abs().max() < 1e-10

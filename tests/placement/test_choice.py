@@ -1,5 +1,6 @@
 """Where a teacher goes: a table of sizes and launches, and what is refused before weights load."""
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -78,14 +79,22 @@ def test_as_asked(shard: Any, size: int | None, launch: Launch, numbers: Any) ->
         ("zero3", 4, model(), replace(NODE, deepspeed=True), "takes no shard_size .4.; leave it"),
         ("zero3", None, model(quantised=True), replace(NODE, deepspeed=True), "cannot be cut into"),
         ("fsdp2", 4, model(), NODE, "takes no shard_size .4.; leave it out, or write shard: hsdp"),
-        ("hsdp", 3, model(), NODE, "3 of 8 processes to a copy; write shard_size: 2 or 4 or 8"),
+        ("hsdp", 3, model(), NODE, "3 of 8 processes to a copy; write shard_size: 2 or 4, or"),
+        (
+            "tp",
+            3,
+            model(),
+            NODE,
+            "3 of 8 processes to a copy; write shard_size: 2 or 4 or 8, or sh",
+        ),
+        ("hsdp", None, model(), Launch(world=2), "1 of 2 processes to a copy; write shard: fsdp2"),
         ("hsdp", None, model(), NODE, "one machine with 8 processes; write shard: fsdp2"),
         (
             "hsdp",
             6,
             model(),
             Launch(world=12, local=4, free=GB),
-            "do not fit 4 on each machine; write shard_size: 4",
+            "do not fit 4 on each machine; write shard_size: 2 or 4, or shard: fsdp2",
         ),
         ("tp", None, model(splits=False), NODE, "no tensor-parallel plan for it; write shard: fsd"),
         ("tp", None, model(kv_heads=4), NODE, "8 processes cannot share its 4 key and value heads"),
@@ -101,6 +110,57 @@ def test_as_asked(shard: Any, size: int | None, launch: Launch, numbers: Any) ->
 def test_refused(shard: Any, size: int | None, facts: Facts, launch: Launch, message: str) -> None:
     with pytest.raises(InputError, match=message):
         choose(shard, size, facts, launch)
+
+
+UNEVEN = [
+    (Launch(world=12, local=8, free=79 * GB), "2 or 4"),
+    (Launch(world=10, local=4, free=79 * GB), "2"),
+    (Launch(world=16, local=8, free=79 * GB, divisor=4), "2 or 4"),  # 8 + 4 + 4
+    (Launch(world=16, local=10, free=79 * GB, divisor=2), "2"),  # 10 + 6
+]
+"""Machines of different sizes, and numbers of processes that share a copy inside each."""
+
+
+@pytest.mark.parametrize(("launch", "fitting"), UNEVEN)
+class TestMachinesOfDifferentSizes:
+    def test_a_number_for_each_machine_is_not_made_up(self, launch: Launch, fitting: str) -> None:
+        there = f"{launch.world} processes are not {launch.local} on each machine"
+        with pytest.raises(InputError, match=f"{there}, so that .*; start the same number on ev"):
+            choose("auto", None, model(141 * GB), launch)
+        for shard in ("hsdp", "tp"):
+            with pytest.raises(InputError, match=f"{there}; .*, write shard_size: {fitting}, or s"):
+                choose(shard, None, model(), launch)
+
+    def test_a_copy_that_crosses_machines_is_refused(self, launch: Launch, fitting: str) -> None:
+        size = launch.world // 2
+        wanted = f"{size} processes to a copy do not fit each machine, as {launch.world} processes"
+        with pytest.raises(InputError, match=f"{wanted} .*; write shard_size: {fitting}, or shard"):
+            choose("hsdp", size, model(), launch)
+
+    def test_what_fits_is_placed_on_all_processes(self, launch: Launch, fitting: str) -> None:
+        asked: list[tuple[Any, int | None, int]] = [("auto", None, GB), ("fsdp2", None, GB)]
+        asked += [("hsdp", int(size), GB) for size in fitting.split(" or ")]
+        for shard, size, weight in asked:
+            placed = choose(shard, size, model(weight), launch)
+            assert placed.pieces * placed.replicas == launch.world
+            assert placed.pieces == {"auto": 1, "fsdp2": launch.world}.get(shard, size)
+
+
+@pytest.mark.parametrize("world", range(1, 25))
+def test_whatever_is_chosen_is_for_all_processes(world: int) -> None:
+    """Of every launch, every word and every number; else it is refused in words."""
+    placed: list[Placement] = []
+    for local in range(1, world + 1):
+        launch = Launch(world=world, local=local, device="cuda", free=79 * GB)
+        for shard, weight in [("auto", GB), ("auto", 141 * GB), *((s, GB) for s in SHARDED)]:
+            for size in (None, *range(1, world + 1)):
+                with contextlib.suppress(InputError):
+                    placed.append(choose(shard, size, model(weight), launch))  # type: ignore[arg-type]  # a word
+    assert placed
+    assert {found.pieces * found.replicas for found in placed} == {world}
+
+
+SHARDED = ("replica", "fsdp2", "hsdp", "tp")
 
 
 def test_a_quantised_checkpoint_may_travel() -> None:

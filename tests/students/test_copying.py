@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers.modeling_utils
 from peft import LoraConfig, get_peft_model
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -21,6 +19,7 @@ from llm_distill.provenance import Provenance
 from llm_distill.recipe import Recipe
 from llm_distill.students import FromTeacher
 from tests import on_disk, tiny
+from tests.reading import watched
 from tests.students.families import DEPTH, FAMILIES, auto
 
 CHOSEN = (1, 3, 5)
@@ -157,59 +156,6 @@ class TestOneTeacher:
         assert torch.equal(torch.rand(3), expected)
 
 
-class Slice:
-    """A tensor in a file, which tells when it is read."""
-
-    def __init__(self, inner: Any, name: str, seen: list[str]) -> None:
-        self._inner, self._name, self._seen = inner, name, seen
-
-    def __getitem__(self, item: Any) -> Tensor:
-        self._seen.append(self._name)
-        tensor: Tensor = self._inner[item]
-        return tensor
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-
-class Files:
-    """`safe_open`, which tells what is read."""
-
-    def __init__(self, seen: list[str]) -> None:
-        self.seen = seen
-        self._open = safe_open
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return Open(self._open(*args, **kwargs), self.seen)
-
-
-class Open:
-    """One open file."""
-
-    def __init__(self, inner: Any, seen: list[str]) -> None:
-        self._inner, self._seen = inner, seen
-
-    def get_slice(self, name: str) -> Slice:
-        return Slice(self._inner.get_slice(name), name, self._seen)
-
-    def get_tensor(self, name: str) -> Tensor:
-        self._seen.append(name)
-        tensor: Tensor = self._inner.get_tensor(name)
-        return tensor
-
-    def keys(self) -> list[str]:
-        return list(self._inner.keys())
-
-    def metadata(self) -> Any:
-        return self._inner.metadata()
-
-    def __enter__(self) -> "Open":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._inner.__exit__(*error)
-
-
 @pytest.mark.parametrize("family", ["llama", "mixtral", "bert"])
 @pytest.mark.parametrize("route", ["one file", "shards"])
 def test_only_what_is_copied_is_read(
@@ -217,12 +163,12 @@ def test_only_what_is_copied_is_read(
 ) -> None:
     """Each tensor once, none of the other blocks: memory is the student's, not the teacher's."""
     source = given(FAMILIES[family](), route, tmp_path)
-    seen: list[str] = []
-    monkeypatch.setattr(transformers.modeling_utils, "safe_open", Files(seen))
+    seen = watched(monkeypatch)
     FromTeacher(layers=(1, 4)).load(source)
-    numbers = {name.split(".layers.")[-1].split(".layer.")[-1].split(".")[0] for name in seen}
+    names = [name for name, _ in seen]
+    numbers = {name.split(".layers.")[-1].split(".layer.")[-1].split(".")[0] for name in names}
     assert {n for n in numbers if n.isdigit()} == {"0", "3"}
-    assert len(seen) == len(set(seen)) > 10
+    assert len(names) == len(set(names)) > 10
 
 
 class TestRefused:

@@ -113,14 +113,17 @@ class TestEveryCell:
         assert found["clipping"] == (0.05 if "clip" in cell else 0.0)
 
     def test_pieces_are_pieces(self, results: Any, engine: str, ranks: int, cell: str) -> None:
-        """Bytes on the first process, after three steps."""
+        """Bytes on each process, after three steps."""
         found, (_, shard, *_) = results[engine, ranks][cell], cell.split(":")
-        here, every = found["student"]
-        assert here / every <= 1 / ranks + 0.01 if engine == "zero3" else here == every
+        assert len(found["student"]) == ranks
+        for here, every in found["student"]:
+            assert here / every <= 1 / ranks + 0.01 if engine == "zero3" else here == every
         kept = {"fsdp2": ranks, "zero3": ranks, "tp": ranks, "hsdp": 2}.get(shard, 1)
         kept = ranks if "ema" in cell or "born" in cell else kept
-        for here, every in found["teachers"]:
-            assert here / every <= 1 / kept + 0.01 if kept > 1 else here == every
+        for each in found["teachers"]:
+            assert len(each) == ranks
+            for here, every in each:
+                assert here / every <= 1 / kept + 0.01 if kept > 1 else here == every
 
 
 def test_clipping_is_seen_in_the_weights(results: Any) -> None:
