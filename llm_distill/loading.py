@@ -8,7 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -72,6 +73,10 @@ def load_config(
             "are supported"
         )
     _refuse_other_tasks(config, name)
+    # transformers 5.23 keeps no commit; the file that it read lies in a folder named after it.
+    folder = None if getattr(config, "_commit_hash", None) else folder_of(name, revision)
+    if folder is not None:
+        config._commit_hash = commit_of(folder)
     return cast("PreTrainedConfig", config)
 
 
@@ -145,6 +150,26 @@ def dtype_name(dtype: torch.dtype | str, owner: str, *, allowed: tuple[str, ...]
     if name not in allowed:
         raise InputError(f"{owner}: dtype is {name!r}; write one of {', '.join(allowed)}")
     return name
+
+
+def folder_of(name: str, revision: str | None = None) -> Path | None:
+    """Where the files of a model are on this machine; None where they are not. Asks no network."""
+    if _looks_local(name):
+        return Path(name) if Path(name).is_dir() else None
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:  # a folder that is gone, and no id
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder of the Hub's cache holds; None of any other.
+
+    >>> commit_of(Path("models--me--it/snapshots/c0ffee")), commit_of(Path("me/it"))
+    ('c0ffee', None)
+    """
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def find_tokenizer(

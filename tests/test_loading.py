@@ -43,6 +43,20 @@ def small_bert(**changes: Any) -> BertConfig:
     return BertConfig(vocab_size=64, intermediate_size=16, **(sizes | changes))
 
 
+class TestFolder:
+    @pytest.mark.parametrize("name", ["/no/where", "./gone", "gone", "no id at all", "me/gone"])
+    def test_what_is_not_here(self, name: str) -> None:
+        assert loading.folder_of(name) is None
+
+    def test_a_config_has_the_commit_of_its_folder(self, tmp_path: Path) -> None:
+        there = tmp_path / "models--me--it" / "snapshots" / ("a" * 40)
+        tiny.llama("student").save_pretrained(there)
+        assert loading.load_config(str(there))._commit_hash == "a" * 40
+        tiny.llama("student").save_pretrained(tmp_path / "it")
+        assert loading.load_config(str(tmp_path / "it"))._commit_hash is None
+        assert loading.folder_of(str(there)) == there
+
+
 class TestLoadConfig:
     def test_a_missing_folder_names_those_beside_it(self, tmp_path: Path) -> None:
         for name in ("student", "teacher", ".cache"):

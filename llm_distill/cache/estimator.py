@@ -97,10 +97,11 @@ class Estimator(ABC):
         return self.decode([], None)
 
     @abstractmethod
-    def row_bytes(self, width: int, itemsize: int) -> float:
-        """Bytes of a row, to reserve room: rather too many.
+    def row_bytes(self, vocabulary: int, width: int, itemsize: int) -> float:
+        """Bytes of a row on disk, to reserve room: what no teacher's rows exceed.
 
         Args:
+            vocabulary: Tokens of the targets.
             width: Of the hidden states.
             itemsize: Of their numbers.
         """

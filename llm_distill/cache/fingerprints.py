@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -25,6 +25,13 @@ PIECE = 1 << 24
 
 CUTS_TEXT = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model")
 """Parts of a fast tokenizer that decide its ids; padding and truncation change as it is used."""
+
+CONFIG = "config.json"
+WRITTEN_ANEW = ("transformers_version", "_name_or_path")
+"""What a config says of whoever wrote it, and nothing of the model."""
+
+BLOCK, BLOCKS = 1 << 12, 256
+"""Bytes of a block, and how many of a file of weights are looked at, spread over it."""
 
 
 def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -46,7 +53,11 @@ def of_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def of_weights(model: PreTrainedModel) -> str:
-    """Of names, shapes, dtypes and numbers spread over each tensor; fast, whatever the size."""
+    """Of names, shapes, dtypes and numbers spread over each tensor; fast, whatever the size.
+
+    Of tensors that are not in memory here (offloaded, in pieces) the numbers do not count: what
+    tells these apart is their files (`of_folder`).
+    """
     digest = blake2b(digest_size=16)
     for name, tensor in sorted(_weights(model)):
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
@@ -90,6 +101,49 @@ def of_file(path: Path, tick: Callable[[int], object] = int) -> str:
         while piece := file.read(PIECE):
             digest.update(piece)
             tick(len(piece))
+    return digest.hexdigest()
+
+
+def of_folder(folder: Path) -> dict[str, str]:
+    """Of the files that a model is loaded from, by their names: config, weights, code of its own.
+
+    Some blocks of each are read, whatever its size, and no dates: a copy is the same model.
+    """
+    config = folder / CONFIG
+    told = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    paths = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    paths += sorted(folder.glob("*.py")) if "auto_map" in told else []
+    kept = {key: value for key, value in told.items() if key not in WRITTEN_ANEW}
+    found = {CONFIG: _digest(json.dumps(kept, sort_keys=True).encode())} if told else {}
+    return found | {path.name: _of_blocks(path) for path in paths}
+
+
+def of_weights_alone(files: Mapping[str, str]) -> set[str]:
+    """The names of the weights among the files of `of_folder`."""
+    return {name for name in files if name.endswith((".safetensors", ".bin"))}
+
+
+def compared(there: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What differs between the files of two models, in words.
+
+    >>> compared({"a.bin": "7 x", "b.bin": "9 y"}, {"a.bin": "7 z", "c.bin": "9 y"})
+    ['a.bin (other content)', 'b.bin (not there now)', 'c.bin (not there then)']
+    """
+    told = {name: "other content" for name in there if now.get(name, there[name]) != there[name]}
+    told |= {name: "not there now" for name in there if name not in now}
+    told |= {name: "not there then" for name in now if name not in there}
+    return [f"{name} ({words})" for name, words in sorted(told.items())]
+
+
+def _of_blocks(path: Path) -> str:
+    """Of a file: its size, its beginning, its end, and blocks between them."""
+    size = path.stat().st_size
+    digest = blake2b(str(size).encode(), digest_size=16)
+    step = max(BLOCK, (size - BLOCK) // BLOCKS)
+    with path.open("rb") as file:
+        for start in [*range(0, max(size - BLOCK, 1), step), max(size - BLOCK, 0)]:
+            file.seek(start)
+            digest.update(file.read(BLOCK))
     return digest.hexdigest()
 
 

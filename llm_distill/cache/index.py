@@ -18,6 +18,9 @@ Numbers = NDArray[np.uint64]
 
 FILE = "index.npy"
 
+OF_EXAMPLE = 24
+"""Bytes of an example: two halves of a key, and a place."""
+
 
 @dataclass(frozen=True)
 class Place:

@@ -18,6 +18,7 @@ from llm_distill.cache.estimator import (
     generator,
     half,
 )
+from llm_distill.cache.planes import most_bytes
 from llm_distill.errors import InputError
 from llm_distill.losses.softmax import log_softmax
 from llm_distill.losses.sparse import Counts, TopK
@@ -33,6 +34,23 @@ NO_TOP = TopK(torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1), torch.zero
 
 NO_DRAWS = Counts(torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1), 1)
 """The same, drawn."""
+
+FACTS = SHAPE = 4.0
+"""Bytes of a row: two numbers of fp16 each, the facts, and the span and tail of a top."""
+
+COUNT = 0.26
+"""Bytes of a draw's count, compressed: most are 1."""
+
+
+def of_top(count: int, vocabulary: int) -> float:
+    """Bytes of a row's likeliest tokens, at most: ids, levels and shape."""
+    # Two levels of each row are the first and the last, whatever its tokens.
+    return most_bytes(count, vocabulary) + count - 0.8 + SHAPE
+
+
+def of_drawn(count: int, vocabulary: int) -> float:
+    """Bytes of a row's draws, at most: each of another token."""
+    return most_bytes(count, vocabulary) + COUNT * count
 
 
 @dataclass(frozen=True)
@@ -64,10 +82,10 @@ class Top(Estimator):
         parts = [columns.top_of(part, self.k) for part in found]
         return columns.together(parts) if parts else NO_TOP
 
-    def row_bytes(self, width: int, itemsize: int) -> float:
-        """As measured on random ids: 2.6 bytes for each, and the rest."""
+    def row_bytes(self, vocabulary: int, width: int, itemsize: int) -> float:
+        """Random ids, and levels and facts that no compressor makes smaller."""
         del width, itemsize
-        return 2.8 * self.k + 10
+        return of_top(self.k, vocabulary) + FACTS
 
     def check(self, vocabulary: int) -> None:
         """Fewer than all."""
@@ -113,10 +131,10 @@ class Drawn(Estimator):
         parts = [columns.drawn_of(part, self.n) for part in found]
         return columns.joined(parts) if parts else NO_DRAWS
 
-    def row_bytes(self, width: int, itemsize: int) -> float:
-        """Half of the draws are of a token that was drawn before, or more."""
+    def row_bytes(self, vocabulary: int, width: int, itemsize: int) -> float:
+        """Every draw of another token; a sharp teacher's take half of it, or less."""
         del width, itemsize
-        return 1.6 * self.n + 6
+        return of_drawn(self.n, vocabulary) + FACTS
 
     def check(self, vocabulary: int) -> None:
         """As many as a byte counts."""
@@ -160,10 +178,10 @@ class Mixed(Estimator):
         top = columns.together([columns.top_of(part, self.m) for part in found])
         return columns.joined([columns.drawn_of(part, self.n) for part in found]).beside(top)
 
-    def row_bytes(self, width: int, itemsize: int) -> float:
+    def row_bytes(self, vocabulary: int, width: int, itemsize: int) -> float:
         """Both."""
         del width, itemsize
-        return 2.8 * self.m + 2.6 * self.n + 10
+        return of_top(self.m, vocabulary) + of_drawn(self.n, vocabulary) + FACTS
 
     def check(self, vocabulary: int) -> None:
         """Something has to be left to be drawn."""
@@ -214,8 +232,9 @@ class States(Estimator):
     def example(self) -> None:
         """They serve any term on logits."""
 
-    def row_bytes(self, width: int, itemsize: int) -> float:
+    def row_bytes(self, vocabulary: int, width: int, itemsize: int) -> float:
         """All of them; a compressor finds little."""
+        del vocabulary
         return float(width * itemsize)
 
     def check(self, vocabulary: int) -> None:

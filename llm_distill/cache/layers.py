@@ -94,8 +94,14 @@ class Layers:
 
     @property
     def token_bytes(self) -> float:
-        """Bytes of a token, before a compressor finds a little."""
+        """Bytes of a token, at most: before a compressor finds a little."""
         return float(len(self.layers) * (self.width + 2 * blocks_of(self.width)))
+
+    @property
+    def frame_bytes(self) -> float:
+        """Bytes of the file that says what states are measured from (`frames.py`), about."""
+        basis = self.width * self.features if self.projected else 0
+        return 4.0 * len(self.layers) * (self.features + self.width + basis)
 
     def encode(
         self, states: Mapping[int, Tensor], frames: Mapping[int, Frame]

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from llm_distill.cache import estimators
+from llm_distill.cache.fingerprints import compared
 from llm_distill.cache.layers import Layers
 from llm_distill.errors import InputError
 
@@ -22,8 +23,8 @@ FILE = "manifest.json"
 UNFINISHED = "unfinished.json"
 """The same before the last shard is there, without what shards add."""
 
-ADDED: dict[str, Any] = {"states": None, "frames": "", "maps": {}, "lost": {}}
-"""What caches of logits alone were written without."""
+ADDED: dict[str, Any] = {"states": None, "frames": "", "maps": {}, "lost": {}, "files": {}}
+"""What caches were written without, of logits alone and before files were looked at."""
 
 WORDS = {
     "teacher": "the teacher",
@@ -70,14 +71,15 @@ class Manifest:
     Attributes:
         teacher: Its id, or the last part of its path.
         revision: The commit it was resolved to, where it came from the Hub.
-        weights: Fingerprint of its weights.
+        weights: Fingerprint of its weights, as far as they were in memory.
+        files: Fingerprints of the files that it was loaded from; empty for a model that was given.
         dtype: Of its weights.
         quantised: How they were as they were loaded; None: not at all.
         spec: `ModelSpec` of the teacher; its vocabulary is that of the targets.
         tokenizer: Fingerprint of what cut the data.
         template: Fingerprint of its chat template.
         keep: The estimator, as a recipe writes it.
-        temperature: Of the teacher's distribution.
+        temperature: Of the teacher's distribution: 1, since objectives temper what they read.
         shift: Whether a position predicts the next token.
         vocabulary: Tokens of the targets.
         head: Scale and soft cap of the teacher's head, where hidden states are kept.
@@ -117,6 +119,7 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=dict)
     format: int = FORMAT
     quantised: str | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def estimator(self) -> Estimator:
@@ -159,10 +162,17 @@ class Manifest:
         found = []
         for name, words in WORDS.items():
             ours, theirs = (getattr(m, name) for m in (self, other))
+            if name == "revision" and ours is None:
+                continue  # caches were written without it
             if json.dumps(ours, sort_keys=True) != json.dumps(theirs, sort_keys=True):
                 shown = name in ("teacher", "revision", "dtype", "quantised", "keep", "vocabulary")
                 found.append(f"{words} ({ours} there, {theirs} now)" if shown else words)
-        return found
+        if found:
+            return found
+        # Weights that are not in memory are known by their files alone; cut into other files they
+        # may be the same.
+        both = {name: other.files.get(name, told) for name, told in self.files.items()}
+        return [f"the teacher's {told}" for told in compared(self.files, both)]
 
     def begun(self) -> Manifest:
         """Without what shards add."""
@@ -193,6 +203,11 @@ class Manifest:
                     "the cache anew, or install the version that wrote it"
                 )
             content = ADDED | content
+            if content["temperature"] != 1:
+                raise InputError(
+                    f"{path}: the teacher's distribution at temperature {content['temperature']}, "
+                    "and this version reads what was kept at 1; write the cache anew"
+                )
             known = {name: content[name] for name in (f.name for f in fields(cls))}
             shards = tuple(Shard(**shard) for shard in content["shards"])
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -7,6 +7,8 @@ still less for real ones, which are no random numbers. Packing the bits would hi
 
 from __future__ import annotations
 
+from math import log2
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -15,6 +17,21 @@ Bytes = NDArray[np.uint8]
 
 MOST_TOKENS = 1 << 24
 """Ids that three bytes can tell apart."""
+
+
+def most_bytes(count: int, vocabulary: int) -> float:
+    """Bytes of a row's ids on disk, as many as random ones take: real ones take less.
+
+    Where ids are drawn at random, the steps between them are geometric; the entropy of one, and as
+    much as zstd misses it by, is what a step costs. A row has one leap per 65,536 tokens at most.
+
+    >>> [round(most_bytes(50, size)) for size in (256, 32_000, 128_256)]
+    [57, 75, 88]
+    """
+    gap = vocabulary / 256 / count
+    bits = (gap + 1) * log2(gap + 1) - gap * log2(gap)
+    step = min(1.0, (bits + 0.7) / 8)
+    return count * (1.03 + step) + min(0.4 * count, vocabulary / 65_536)
 
 
 def split_ids(ids: NDArray[np.int64]) -> dict[str, Bytes]:

@@ -34,6 +34,18 @@ GROUP_BYTES = 8 << 20
 LEVEL = 3
 """Of zstd. More saves no percent."""
 
+OF_EXAMPLE = 20.0
+"""Bytes of an example besides its columns: its key, which is noise, and two numbers."""
+
+OF_VALUE = 3.0
+"""Bytes of a value besides its content: its length, compressed."""
+
+OF_CHUNK = 160.0
+"""Bytes of a column in a row group besides its values: page header, and its part of the footer."""
+
+OF_FILE = 4096.0
+"""Bytes of a file besides its row groups: schema and footer, and what a file system rounds up."""
+
 
 @dataclass
 class ShardWriter:
@@ -105,6 +117,21 @@ class ShardWriter:
         self._writer.write_table(pa.table(table, schema=self._schema))
         self._held, self._waiting, self._size = [], 0, 0
         self._groups += 1
+
+
+def most_bytes(columns: int, rows: int, examples: int, content: float) -> float:
+    """Bytes of a shard, at most.
+
+    Args:
+        columns: Of bytes.
+        rows: Supervised rows of all examples.
+        examples: How many.
+        content: Bytes of the columns, as a compressor leaves them.
+    """
+    # Content is counted in groups before it is compressed, which halves it at most.
+    groups = 1 + rows // GROUP_ROWS + 2 * content // GROUP_BYTES
+    besides = OF_FILE + (groups + 1) * OF_CHUNK * (columns + 3)
+    return content + examples * (OF_EXAMPLE + OF_VALUE * columns) + besides
 
 
 @dataclass(frozen=True)

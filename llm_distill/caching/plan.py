@@ -15,23 +15,35 @@ from torch.utils.data import IterableDataset as TorchStream
 from transformers import TrainingArguments
 
 from llm_distill import binding, hints, naming
-from llm_distill.cache import frames
+from llm_distill.cache import frames, shards
 from llm_distill.cache.layers import Layers
+from llm_distill.capture import plain
 from llm_distill.errors import InputError
+from llm_distill.placement import dtype_of
 from llm_distill.preparation import Run, readable
-from llm_distill.teachers import Cached
+from llm_distill.teachers import Cached, Local
 
 if TYPE_CHECKING:
     from llm_distill.cache.estimator import Estimator
     from llm_distill.cache.frames import Frame
     from llm_distill.naming import Named
     from llm_distill.objectives import Objective
+    from llm_distill.teachers import Teacher
 
 SHARD_BYTES = 64 << 20
 """Of a shard, about: what a killed run loses at most, for each rank."""
 
 SHARD_ROWS = 1024
 """Supervised rows of a shard at least, where no hidden states are kept."""
+
+
+def loads_in(teacher: Teacher) -> torch.dtype:
+    """Dtype of a teacher's weights once it is loaded, which is not always its checkpoint's."""
+    if not isinstance(teacher, Local):
+        return torch.float32
+    if not isinstance(teacher.model, str):
+        return plain(teacher.model).dtype
+    return dtype_of(teacher.config, teacher.asked_dtype or "auto")
 
 
 @dataclass(frozen=True)
@@ -157,10 +169,9 @@ class Capture:
 
     @cached_property
     def row_bytes(self) -> float:
-        """Bytes of a row, about."""
-        config = self.run.teacher.config
-        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-        return self.estimator.row_bytes(self.run.teacher.spec.width, dtype.itemsize)
+        """Bytes of a row, at most."""
+        width = self.run.teacher.spec.width
+        return self.estimator.row_bytes(self.vocabulary, width, loads_in(self.run.teacher).itemsize)
 
     def tokens(self, name: str) -> Sequence[int]:
         """Tokens of each example of a split whose states are kept."""
@@ -170,10 +181,11 @@ class Capture:
         return split.lengths if self.layers.rows == "valid" else split.rows
 
     def bytes(self, part: Part) -> float:
-        """Bytes of a shard, about."""
-        tokens = self.tokens(part.split)
+        """Bytes of a shard, at most."""
+        tokens, rows = self.tokens(part.split), self.rows(part)
         each = 0.0 if self.layers is None else self.layers.token_bytes
-        return self.row_bytes * self.rows(part) + each * sum(tokens[k] for k in part.places)
+        content = self.row_bytes * rows + each * sum(tokens[k] for k in part.places)
+        return shards.most_bytes(len(self.columns), rows, len(part.places), content)
 
     @cached_property
     def parts(self) -> list[Part]:

@@ -31,13 +31,14 @@ from llm_distill.lm_head import head_of
 from llm_distill.pieces import in_pieces
 from llm_distill.publishing import versions
 from llm_distill.signals import Request
+from llm_distill.teachers import Local
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from llm_distill.caching.plan import Capture
     from llm_distill.signals import Head
-    from llm_distill.teachers import Source
+    from llm_distill.teachers import Source, Teacher
 
 
 def write_cache(capture: Capture, *, overwrite: bool = False) -> Manifest:
@@ -122,6 +123,7 @@ def _begun(capture: Capture, source: Source) -> Manifest:
         teacher=name,
         revision=getattr(run.teacher.config, "_commit_hash", None),
         weights="" if model is None else fingerprints.of_weights(model),
+        files=_files(run.teacher),
         dtype="" if model is None else str(model.dtype).removeprefix("torch."),
         quantised=getattr(run.teacher, "quantize", None),
         spec=asdict(replace(spec, name=name, vocabulary=capture.vocabulary, blocks=None)),
@@ -135,6 +137,15 @@ def _begun(capture: Capture, source: Source) -> Manifest:
         data=capture.data(),
         versions=versions(),
     )
+
+
+def _files(teacher: Teacher) -> dict[str, str]:
+    """Fingerprints of the files of a teacher; none of a model that was given."""
+    if not isinstance(teacher, Local) or not isinstance(teacher.model, str):
+        return {}
+    commit = getattr(teacher.config, "_commit_hash", None)
+    folder = loading.folder_of(teacher.model, commit or teacher.revision)
+    return {} if folder is None else fingerprints.of_folder(folder)
 
 
 def _there(capture: Capture, begun: Manifest, *, overwrite: bool) -> Manifest | None:
@@ -224,7 +235,7 @@ def _write_shards(capture: Capture, source: Source) -> None:
     with bar:
         total = sum(capture.rows(part) for part in left)
         each = sum(capture.bytes(part) for part in left) / max(total, 1)
-        task = bar.add_task("", total=total, told=f"some {each:,.0f} bytes each")
+        task = bar.add_task("", total=total, told=f"up to {each:,.0f} bytes each")
         rows = size = 0
         for part in left:
             shard = write_shard(capture, part, source, lambda n: bar.advance(task, n))

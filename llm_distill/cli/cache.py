@@ -89,9 +89,9 @@ def expected(capture: Capture) -> tuple[str, ...]:
     rows = sum(capture.rows(part) for part in capture.parts)
     waits = " (how many, the map decides)" if mapping.undecided(capture.run.objectives) else ""
     return (
-        f"Keeping {capture.estimator}, some {capture.row_bytes:,.0f} bytes a supervised token, and "
-        f"{layers}{waits}, {layers.token_bytes:,.0f} bytes a token: about {total / 1e6:,.1f} MB "
-        f"for {rows:,} supervised tokens",
+        f"Keeping {capture.estimator}, up to {capture.row_bytes:,.0f} bytes a supervised token, "
+        f"and {layers}{waits}, {layers.token_bytes:,.0f} bytes a token: up to {total / 1e6:,.1f} "
+        f"MB for {rows:,} supervised tokens",
     )
 
 

@@ -15,6 +15,7 @@ from llm_distill.cache.estimator import Estimator
 from llm_distill.cache.store import TEACHER, Store
 from llm_distill.errors import InputError
 from llm_distill.signals import ModelSpec, Request
+from llm_distill.teachers import origin
 from llm_distill.teachers.cached_source import CachedSource, refuse_signals
 from llm_distill.teachers.local import Local
 
@@ -32,7 +33,8 @@ class Cached:
     Attributes:
         path: The folder of the cache.
         of: The teacher that `llm-distill cache` asks: a Hub id, a path, or `Local`. A training does
-            not load it; where it is given, the cache has to be of a teacher of that name.
+            not load it; where it is given, the cache has to be of that teacher: its name, revision,
+            `quantize` and `dtype`, and its files where they are still on this machine.
         keep: What is kept (`llm_distill.cache.estimators`): `topk`, `sampled`, `hybrid`, `hidden`;
             `topk` by default. Where a training gives it, the cache has to hold that.
         states: Whether the hidden states are kept as well that the recipe's objectives ask for
@@ -134,25 +136,7 @@ class Cached:
     def _refuse_other(self, manifest: Manifest) -> None:
         """Refuse a cache that is not what the recipe says."""
         if isinstance(self.of, Local):
-            asked = loading.shown(self.of.name)
-            if asked != manifest.teacher:
-                raise InputError(
-                    f"the cache {self.path} is of the teacher {manifest.teacher}, and the recipe "
-                    f"says {asked}; write of: {manifest.teacher}, or another path and run "
-                    "llm-distill cache"
-                )
-            if self.of.revision not in (None, manifest.revision) and _is_commit(self.of.revision):
-                raise InputError(
-                    f"the cache {self.path} is of revision {manifest.revision} of its teacher, and "
-                    f"the recipe says {self.of.revision}; write another path and run llm-distill "
-                    "cache"
-                )
-            if self.of.quantize != manifest.quantised:
-                raise InputError(
-                    f"the cache {self.path} is of {asked}{_in(manifest.quantised)}, and the recipe "
-                    f"says {asked}{_in(self.of.quantize)}, which is another teacher; write the "
-                    "same quantize, or another path and run llm-distill cache"
-                )
+            origin.refuse_other(self.path, self.of, manifest)
         if self.keep is not None and self.estimator.name != manifest.estimator.name:
             raise self._other_estimator(manifest)
         if self.keep is not None and vars(self.estimator) != vars(manifest.estimator):
@@ -182,13 +166,3 @@ class Cached:
             f"the cache {self.path} keeps {manifest.estimator}, and the recipe says "
             f"{self.estimator}; leave keep out, or write another path and run llm-distill cache"
         )
-
-
-def _in(quantize: str | None) -> str:
-    """How a teacher is quantised, in words."""
-    return " with all its bits" if quantize is None else f" in {quantize}"
-
-
-def _is_commit(revision: str | None) -> bool:
-    """Whether a revision names one commit, rather than a branch that moves."""
-    return revision is not None and len(revision) == 40

@@ -172,7 +172,7 @@ class Local:
         return loading.load_model(
             self.model,
             self._config_for(request),
-            dtype=self._dtype or default_dtype,
+            dtype=self.asked_dtype or default_dtype,
             backbone=request is not None and not request.logits,
             device_map=self.device_map or device_map,
             max_memory=max_memory,
@@ -229,7 +229,7 @@ class Local:
     def _load_pieces(self, request: Request, placement: Placement, facts: Facts) -> PreTrainedModel:
         """The pieces of the model that are this process's. A collective."""
         name, config = str(self.model), self._config_for(request)
-        how = {"dtype": self._dtype or "auto", "backbone": not request.logits, **self._options}
+        how = {"dtype": self.asked_dtype or "auto", "backbone": not request.logits, **self._options}
         if placement.kind == "zero3":
             return load_partitioned(name, config, **how)
         return load_sharded(name, config, placement, facts, **how)
@@ -262,7 +262,7 @@ class Local:
         return facts_of(
             self._config_for(request),
             self.name,
-            dtype=self._dtype or "auto",
+            dtype=self.asked_dtype or "auto",
             trust_remote_code=self.trust_remote_code,
             quantize=self.quantize,
         )
@@ -274,7 +274,7 @@ class Local:
         return replace(self, quantize=None, shard="auto", device_map=where)
 
     @property
-    def _dtype(self) -> str | None:
+    def asked_dtype(self) -> str | None:
         """Of its weights, but for those that are quantised."""
         if self.quantize is None or self.dtype is not None:
             return self.dtype
@@ -289,7 +289,9 @@ class Local:
         """For `from_pretrained`."""
         how = None
         if self.quantize is not None:
-            how = quantising.settings(self.quantize, dtype_of(self.config, self._dtype or "auto"))
+            how = quantising.settings(
+                self.quantize, dtype_of(self.config, self.asked_dtype or "auto")
+            )
         return {
             "revision": self.revision,
             "trust_remote_code": self.trust_remote_code,

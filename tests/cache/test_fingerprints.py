@@ -1,6 +1,8 @@
 """What tells tokenizers, templates, weights and files apart, and what does not."""
 
 import hashlib
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +102,64 @@ def test_quantised_weights(word: str, tmp_path: Path) -> None:
     assert fingerprints.of_weights(one) == found == fingerprints.of_weights(made("one"))
     assert found != fingerprints.of_weights(made("two"))
     assert found != fingerprints.of_weights(tiny.llama("teacher"))
+
+
+class TestFolder:
+    """Files of a teacher, a few blocks of each."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        tiny.llama("teacher").save_pretrained(tmp_path / "teacher")
+        tiny.tokenizer().save_pretrained(tmp_path / "teacher")
+        return tmp_path / "teacher"
+
+    def test_a_copy_is_the_same(self, folder: Path, tmp_path: Path) -> None:
+        shutil.copytree(folder, tmp_path / "moved", copy_function=shutil.copyfile)
+        (tmp_path / "moved" / "README.md").write_text("mine")
+        told = json.loads((tmp_path / "moved" / "config.json").read_text())
+        told |= {"transformers_version": "9", "_name_or_path": "elsewhere"}
+        (tmp_path / "moved" / "config.json").write_text(json.dumps(told))
+        found = fingerprints.of_folder(folder)
+        assert set(found) == {"config.json", "model.safetensors"}
+        assert fingerprints.of_folder(tmp_path / "moved") == found
+
+    def test_other_weights_of_the_same_size(self, folder: Path) -> None:
+        before = fingerprints.of_folder(folder)
+        size = (folder / "model.safetensors").stat().st_size
+        other = tiny.sharpened(type(tiny.llama("teacher")), tiny.llama("teacher").config, seed=1)
+        other.save_pretrained(folder)
+        assert (folder / "model.safetensors").stat().st_size == size
+        told = ["model.safetensors (other content)"]
+        assert fingerprints.compared(before, fingerprints.of_folder(folder)) == told
+
+    def test_another_config(self, folder: Path) -> None:
+        before = fingerprints.of_folder(folder)
+        told = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(told | {"rms_norm_eps": 0.1}))
+        now = fingerprints.of_folder(folder)
+        assert fingerprints.compared(before, now) == ["config.json (other content)"]
+
+    def test_code_of_its_own_counts_where_it_is_run(self, folder: Path) -> None:
+        (folder / "modeling.py").write_text("x = 1")
+        assert "modeling.py" not in fingerprints.of_folder(folder)
+        told = json.loads((folder / "config.json").read_text()) | {"auto_map": {}}
+        (folder / "config.json").write_text(json.dumps(told))
+        assert "modeling.py" in fingerprints.of_folder(folder)
+
+    @pytest.mark.parametrize("place", [0, 5_000, -1])
+    def test_blocks_of_a_large_file(self, tmp_path: Path, place: int) -> None:
+        """The beginning with names and shapes, the end, and some of the rest."""
+        content = bytearray(3 * fingerprints.BLOCK * fingerprints.BLOCKS)
+        path = tmp_path / "pytorch_model-00001.bin"
+        path.write_bytes(content)
+        before = fingerprints.of_folder(tmp_path)
+        assert set(before) == {path.name} == fingerprints.of_weights_alone(before)
+        step = (len(content) - fingerprints.BLOCK) // fingerprints.BLOCKS
+        content[place if place < 5_000 else 9 * step] = 1
+        path.write_bytes(content)
+        assert fingerprints.of_folder(tmp_path) != before
+        path.write_bytes(bytes(len(content) + 1))
+        assert fingerprints.of_folder(tmp_path) != before
+
+    def test_no_model(self, tmp_path: Path) -> None:
+        assert fingerprints.of_folder(tmp_path) == {}

@@ -1,5 +1,6 @@
 """The four kinds of targets against the whole distribution they were made of."""
 
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -7,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from llm_distill.cache import shards
 from llm_distill.cache.encoded import Encoded
 from llm_distill.cache.estimator import CHUNK, Estimator, Given
 from llm_distill.cache.estimators import hidden, hybrid, sampled, topk
+from llm_distill.cache.shards import ShardWriter
 from llm_distill.errors import InputError
+from llm_distill.keys import KEY_BYTES
 from llm_distill.losses.divergences import forward_kl
 from llm_distill.losses.fused import head_pass
 from llm_distill.losses.projection import Projection
@@ -65,8 +69,64 @@ class TestSparse:
         said = cast("TopK | Counts", kind.decode([kept], None))
         assert int(said.ids.max()) < V - 10
 
-    def test_room_is_reserved_for_no_less_than_it_takes(self, kind: Estimator) -> None:
-        assert kind.row_bytes(D, 4) > 0
+
+@pytest.fixture(scope="module")
+def many() -> Tensor:
+    """Rows over a vocabulary of a usual size, flat: draws hardly meet."""
+    return logits(400, 32_000)
+
+
+class TestRoom:
+    """What is reserved for rows is enough, and not far too much, once they are in a file."""
+
+    @pytest.mark.parametrize("each", [4, 100])
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            *(topk(k=k) for k in (1, 8, 64)),
+            *(sampled(n=n) for n in (1, 10, 50)),
+            *(hybrid(m=m, n=n) for m, n in ((1, 1), (8, 42))),
+        ],
+        ids=str,
+    )
+    def test_of_sparse_targets(
+        self, many: Tensor, tmp_path: Path, kind: Estimator, each: int
+    ) -> None:
+        asked, there = self.written(kind, many, each, tmp_path / "it.parquet")
+        assert there <= asked <= 1.5 * there + shards.most_bytes(len(kind.columns), 0, 0, 0.0)
+
+    @pytest.mark.parametrize("sharper", [1, 8])
+    @pytest.mark.parametrize(
+        "kind", [topk(k=V), topk(k=20), sampled(n=20), hybrid(m=9, n=40)], ids=str
+    )
+    def test_a_compressor_finds_more_in_others(
+        self, tmp_path: Path, kind: Estimator, sharper: int
+    ) -> None:
+        """Few tokens, of which most are kept, and draws of the same ones."""
+        asked, there = self.written(kind, sharper * logits(400), 25, tmp_path / "it.parquet")
+        assert there <= asked
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_of_hidden_states(self, tmp_path: Path, dtype: torch.dtype) -> None:
+        head = Head(torch.randn(V, 64).to(dtype))
+        said = Factored(torch.randn(400, 64).to(dtype), head)
+        kept, _ = hidden().encode(Given(said, torch.zeros(400, dtype=torch.long), V, 0))
+        path = tmp_path / "it.parquet"
+        with ShardWriter(path, hidden().columns) as writer:
+            writer.add(bytes(KEY_BYTES), kept)
+        asked = shards.most_bytes(1, 400, 1, 400 * hidden().row_bytes(V, 64, dtype.itemsize))
+        assert path.stat().st_size <= asked <= 1.5 * path.stat().st_size + shards.OF_FILE
+
+    def written(self, kind: Estimator, z: Tensor, each: int, path: Path) -> tuple[float, int]:
+        """Bytes that are asked for, and those of the file."""
+        with ShardWriter(path, kind.columns) as writer:
+            for seed, part in enumerate(z.split(each)):
+                key = np.random.default_rng(seed).bytes(KEY_BYTES)
+                writer.add(key, kind.encode(given(part, seed=seed))[0])
+        content = len(z) * kind.row_bytes(z.shape[1], D, 4)
+        examples = -(-len(z) // each)
+        asked = shards.most_bytes(len(kind.columns), len(z), examples, content)
+        return asked, path.stat().st_size
 
 
 def test_top_k_is_near_and_says_so() -> None:

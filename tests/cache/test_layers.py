@@ -83,3 +83,5 @@ def test_as_a_manifest_has_it() -> None:
     few = Layers((3,), "valid", 4096, 256)
     assert few.projected
     assert few.token_bytes == 256 + 2 * 4
+    assert few.frame_bytes == 4 * (4096 + 256 + 256 * 4096)
+    assert KEPT.frame_bytes == 4 * 2 * (96 + 96)

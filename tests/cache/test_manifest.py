@@ -39,7 +39,7 @@ def test_there_and_back(tmp_path: Path) -> None:
 def test_one_that_was_written_before_there_were_states(tmp_path: Path) -> None:
     GIVEN.write(tmp_path / FILE)
     content = json.loads((tmp_path / FILE).read_text())
-    for name in ("states", "frames", "maps", "lost"):
+    for name in ("states", "frames", "maps", "lost", "files"):
         del content[name]
     (tmp_path / FILE).write_text(json.dumps(content))
     read = Manifest.read(tmp_path / FILE)
@@ -97,6 +97,10 @@ def test_differences_in_words(changes: dict[str, Any], words: str) -> None:
     assert GIVEN.differences(replace(GIVEN, **changes)) == [words]
 
 
+def test_a_commit_that_was_not_known_then() -> None:
+    assert replace(GIVEN, revision=None).differences(GIVEN) == []
+
+
 def test_what_does_not_have_to_agree() -> None:
     other = replace(GIVEN, shards=(), index="x", fidelity={}, versions={"torch": "9"}, head={})
     assert GIVEN.differences(other) == []
@@ -124,4 +128,20 @@ def test_a_newer_format(tmp_path: Path) -> None:
     content = json.loads((tmp_path / FILE).read_text())
     (tmp_path / FILE).write_text(json.dumps({**content, "format": 2}))
     with pytest.raises(InputError, match="format 2, and this version reads 1"):
+        Manifest.read(tmp_path / FILE)
+
+
+def test_files_of_weights_that_were_not_in_memory() -> None:
+    known = replace(GIVEN, files={"a.safetensors": "x", "config.json": "y"})
+    other = replace(GIVEN, files={"a.safetensors": "z", "config.json": "y"})
+    assert known.differences(other) == ["the teacher's a.safetensors (other content)"]
+    assert known.differences(known) == []
+    assert known.differences(GIVEN) == GIVEN.differences(known) == []  # an older one, or given
+    cut_otherwise = replace(GIVEN, files={"b.safetensors": "z", "config.json": "y"})
+    assert known.differences(cut_otherwise) == []
+
+
+def test_tempered_distributions_are_not_read_as_others(tmp_path: Path) -> None:
+    replace(GIVEN, temperature=2.0).write(tmp_path / FILE)
+    with pytest.raises(InputError, match=r"at temperature 2\.0, and this version reads what was"):
         Manifest.read(tmp_path / FILE)

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from llm_distill.cache.encoded import Encoded
-from llm_distill.cache.shards import GROUP_ROWS, ShardReader, ShardWriter
+from llm_distill.cache.shards import GROUP_ROWS, ShardReader, ShardWriter, most_bytes
 from llm_distill.errors import InputError
 
 COLUMNS = ("a", "b")
@@ -110,3 +110,22 @@ def test_what_failed_meanwhile_is_raised(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "x", COLUMNS)
     with pytest.raises(RuntimeError, match="the teacher fell over"), writer:
         raise RuntimeError("the teacher fell over")
+
+
+@pytest.mark.parametrize("rows", [1, 64, 3000])
+@pytest.mark.parametrize("columns", [1, 6, 40])
+def test_room_for_noise(tmp_path: Path, columns: int, rows: int) -> None:
+    """Values of all lengths, of which a compressor finds nothing: their bytes and a little more."""
+    names, dice = tuple(f"column_{k}" for k in range(columns)), np.random.default_rng(0)
+    path, content, examples = tmp_path / "it.parquet", 0, max(2, 4000 // rows)
+    with ShardWriter(path, names) as writer:
+        for _ in range(examples):
+            widths = dice.integers(1, 9, columns)
+            noise = {
+                n: dice.integers(0, 256, rows * w, np.uint8)
+                for n, w in zip(names, widths, strict=True)
+            }
+            content += sum(part.nbytes for part in noise.values())
+            writer.add(dice.bytes(16), Encoded(rows, 0, noise))
+    size, asked = path.stat().st_size, most_bytes(columns, rows * examples, examples, content)
+    assert size <= asked <= 1.3 * size + most_bytes(columns, 0, 0, 0)

@@ -9,11 +9,13 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 
-from llm_distill import HiddenStates
+from llm_distill import HiddenStates, Local
+from llm_distill.cache import shards
 from llm_distill.cache.estimators import hidden
 from llm_distill.cache.layers import Layers
-from llm_distill.caching.plan import Capture, Part
+from llm_distill.caching.plan import Capture, Part, loads_in
 from llm_distill.data import Collator
 from llm_distill.errors import InputError
 from llm_distill.layers import explicit, uniform
@@ -60,7 +62,9 @@ class TestHints:
         for one, other in zip(plain.parts, made.parts, strict=True):
             assert one.places == other.places
             rows = made.rows(other)
-            assert made.bytes(other) == plain.bytes(one) + rows * 2 * (64 + 2)
+            added = made.bytes(other) - plain.bytes(one) - rows * 2 * (64 + 2)
+            beside = [shards.most_bytes(columns, 0, len(one.places), 0) for columns in (0, 4)]
+            assert 0 < added == pytest.approx(beside[1] - beside[0])
 
     def test_examples_with_tokens_alone(self, tmp_path: Path) -> None:
         """Nothing is supervised in one of 24; its states may be asked for all the same."""
@@ -80,7 +84,8 @@ class TestHints:
         made = caches.capture(tmp_path, hints=[self.HINT], shard_rows=None)
         assert len(made.parts) > 4
         train = [part for part in made.parts if part.split == "train"]
-        assert all(4000 <= made.bytes(part) < 12000 for part in train[:-1])
+        beside = shards.most_bytes(len(made.columns), 0, 9, 0)
+        assert all(4000 <= made.bytes(part) < 12000 + beside for part in train[:-1])
 
     def test_on_maps_the_data_are_not_read_again(self, tmp_path: Path) -> None:
         made = caches.capture(tmp_path, hints=[HiddenStates()])
@@ -91,6 +96,14 @@ class TestHints:
         assert moved.layers is not None
         assert moved.layers.layers == (2, 4)
         assert made.maps == {}
+
+
+def test_the_dtype_that_is_loaded(tmp_path: Path) -> None:
+    tiny.llama("teacher").bfloat16().save_pretrained(tmp_path)
+    for spec in (Local(str(tmp_path)), Local(str(tmp_path), dtype="float32")):
+        assert loads_in(spec) is spec.load().dtype
+    assert loads_in(Local(tiny.llama("teacher").half(), dtype="float32")) is torch.float16
+    assert loads_in(Local(str(tmp_path), quantize="torchao_int8")) is torch.bfloat16
 
 
 def test_several_evaluation_sets(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from llm_distill.cache.manifest import FILE, Manifest
 from llm_distill.cli.cache import figures
@@ -44,6 +45,28 @@ def test_cache_then_run_without_the_teacher(
     assert "KL on the tokens that the teacher told alone" in ended.out
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert "teacher" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_another_teacher_of_the_same_name(
+    cli: Cli, sections: dict[str, Any], teacher: Path, models: Path
+) -> None:
+    """The same shapes with other numbers, in the same folder or in another one."""
+    assert cli("cache", **sections).code == 0
+    assert cli("check", **sections).code == 0
+    other = AutoModelForCausalLM.from_pretrained(models / "teacher")
+    other.model.layers[0].mlp.down_proj.weight.data.mul_(1.01)
+    other.save_pretrained(teacher)
+    for command in ("check", "run"):
+        ended = cli(command, **sections)
+        assert ended.code == 2
+        assert "same name: model.safetensors (other content); write the teacher" in ended.err
+    ended = cli("cache", **sections)
+    assert ended.code == 2
+    assert "that differs in the weights of the teacher" in ended.err
+    moved = teacher.parent / "moved" / "teacher"
+    shutil.copytree(models / "teacher", moved, copy_function=shutil.copyfile)
+    sections["teacher"]["Cached"]["of"] = str(moved)
+    assert cli("run", **sections).code == 0
 
 
 def test_hints_without_the_teacher(
@@ -133,6 +156,22 @@ def test_another_length_in_the_run(
     ended = cli("run", **sections, data={**content["data"], "max_length": 12})
     assert ended.code == 2
     assert "examples are not in the cache" in ended.err
+
+
+def test_documents_in_another_order(cli: Cli, sections: dict[str, Any], tmp_path: Path) -> None:
+    """Blocks of packed text: the same documents, cut at other places."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name, sentence in zip("ab", on_disk.SENTENCES, strict=False):
+        (texts / f"{name}.txt").write_text(f"{sentence}\n" * 9)
+    sections["data"] = {"path": str(texts), "max_length": 16}
+    assert cli("cache", **sections).code == 0
+    assert cli("run", **sections).code == 0
+    (texts / "a.txt").rename(texts / "c.txt")
+    ended = cli("run", "--overwrite", **sections)
+    assert ended.code == 2
+    assert "examples are not in the cache" in ended.err
+    assert "The data, their order in blocks, the chat template or max_length changed" in ended.err
 
 
 def test_another_k_in_the_run(cli: Cli, sections: dict[str, Any]) -> None:
