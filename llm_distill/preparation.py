@@ -279,14 +279,11 @@ def _check_training_data(run: Run, args: TrainingArguments) -> None:
             "mean or group"
         )
     datasets = {name: run.kwargs.get(name) for name in ("train_dataset", "eval_dataset")}
-    tokenizer, read = (
-        run.kwargs["processing_class"],
-        partial(readable, args=args, columns=run.columns),
-    )
-    recall.check_data(run.teacher, tokenizer, datasets, run.collator, read)
+    read = partial(readable, args=args, columns=run.columns)
+    recall.check_data(run.teacher, run.kwargs["processing_class"], datasets, run.collator, read)
     batch = first_batch(
         run.collator,
-        (readable(example, args, run.columns) for example in first_of(dataset, CHECKED)),
+        map(read, first_of(dataset, CHECKED)),
         rows_needed=any(term.rows == "supervised" for term in run.terms.values()),
     )
     if batch is not None:
