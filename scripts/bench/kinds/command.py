@@ -110,11 +110,9 @@ def run_all(folder: Path, steps: int, only: str = "") -> Iterator[Ended]:
     import yaml
 
     base = yaml.safe_load((ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8"))
-    base["data"] = {
-        "path": str(folder / "train.txt"),
-        "eval": str(folder / "eval.txt"),
-        "max_length": 128,
-    }
+    text = {"path": str(folder / "train.txt"), "eval": str(folder / "eval.txt")}
+    length = json.loads((folder / "teacher" / "config.json").read_text(encoding="utf-8"))
+    base["data"] = {**text, "max_length": length["max_position_embeddings"]}
     with tempfile.TemporaryDirectory() as place:
         here = Path(place)
         routed = {"path": here / "train.jsonl", "eval": here / "eval.jsonl"}

@@ -78,9 +78,10 @@ class Kind:
         training = {**base["training"], **short}
         if self.processes > 1:  # the same batch
             training[BATCH] //= self.processes
-        made = {**made, **self.sections, "training": training}
         # All that is trained on, and no more: a cache is of all data.
-        return {**made, "data": {**made["data"], "limit": steps * base["training"][BATCH]}}
+        limit = {"limit": steps * base["training"][BATCH]}
+        data = {**base["data"], **self.sections.get("data", {}), **limit}
+        return {**made, **self.sections, "data": data, "training": training}
 
 
 def kinds(folder: Path, caches: Path, routed: Mapping[str, str]) -> list[Kind]:
@@ -131,7 +132,7 @@ def _several(teacher: str, second: str, routed: Mapping[str, str]) -> list[Kind]
     both = {"members": [teacher, second]}
     each = [{"HiddenStates": {"member": k, "weight": 0.1}} for k in (0, 1)]
     experts = {"a": teacher, "b": second}
-    data = {**routed, "max_length": 128, "keep": [COLUMN]}
+    data = {**routed, "keep": [COLUMN]}
     return [
         Kind("Ensemble, hints of each", {"Ensemble": both}, (*TOKENS, *each)),
         Kind(
