@@ -41,7 +41,7 @@ ABOUT = (
     "of the rounds",
     "dense logits: the same rows, KL of all tokens",
     "DistillKit: not in this run; its codec by itself (commit a61c2e7), at 128,256 tokens, on "
-    "Gaussian logits and on such that fall as rank^-1.5 and rank^-2.5, least and most of the three; "
+    "Gaussian logits and on such that fall as rank^-1.5 and rank^-2.5, least and most of three; "
     "KL of the stored tokens alone, as it keeps no tail. Budget: top 50, recommended: top 128",
 )
 ELSEWHERE = (
