@@ -76,6 +76,20 @@ class Store:
         """Where each example is."""
         return Index.read(self.folder)
 
+    def check_there(self) -> None:
+        """See that every file is there, the shards in their sizes; none is read.
+
+        Raises:
+            InputError: Naming the file that is missing or cut short.
+        """
+        told = self.manifest
+        for shard in told.shards:
+            _check_size(self.folder / shard.file, shard.bytes)
+        own = {HEAD: told.head is not None, frames.FILE: told.layers is not None}
+        for name in (INDEX, f"{TEACHER}/config.json", *(n for n, kept in own.items() if kept)):
+            if not (self.folder / name).is_file():
+                raise _missing(self.folder / name)
+
     def verify(self, *, shown: bool = False) -> None:
         """Compare every file with the manifest.
 
@@ -85,8 +99,7 @@ class Store:
         Raises:
             InputError: Naming the file that is missing or not as it was written.
         """
-        for shard in self.manifest.shards:
-            _check_size(self.folder / shard.file, shard.bytes)
+        self.check_there()
         columns = TextColumn("checking the cache"), BarColumn(), DownloadColumn()
         bar = Progress(
             *columns,
@@ -190,7 +203,7 @@ def save_head(folder: Path, head: Head) -> dict[str, object]:
 def _check_size(path: Path, expected: int) -> None:
     """Refuse a file that is missing or cut short, before others are read to their end."""
     if not path.is_file():
-        raise InputError(f"{path} is missing; copy the cache anew")
+        raise _missing(path)
     found = path.stat().st_size
     if found != expected:
         raise InputError(
@@ -201,7 +214,7 @@ def _check_size(path: Path, expected: int) -> None:
 def _check_file(path: Path, expected: str) -> None:
     """Refuse a small file that is missing, or has other content."""
     if not path.is_file():
-        raise InputError(f"{path} is missing; copy the cache anew")
+        raise _missing(path)
     _check_digest(path, fingerprints.of_file(path), expected)
 
 
@@ -212,3 +225,8 @@ def _check_digest(path: Path, found: str, expected: str) -> None:
             f"{path} is not as it was written: its SHA-256 is {found[:12]}…, the manifest says "
             f"{expected[:12]}…; copy it anew"
         )
+
+
+def _missing(path: Path) -> InputError:
+    """A file is not there."""
+    return InputError(f"{path} is missing; copy the cache anew")
