@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm_distill import __version__
-from llm_distill.errors import InputError, ServerError
+from llm_distill.errors import InputError, ServerError, sentence
 from llm_distill.recipe import Recipe
 from llm_distill.recipe.sections import SECTIONS
 from llm_distill.recipe.values import did_you_mean
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, FloatingPointError, ServerError) as error:
         # A server may fail one rank alone; all find the other faults.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, ServerError):
-            sys.stderr.write(f"llm-distill: {error}\n")
+            sys.stderr.write(f"llm-distill: {sentence(error)}\n")
         return BAD_INPUT if isinstance(error, InputError) else FAILED
     except SystemExit as stop:  # argparse: 0 after --help, 2 after a mistake
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
