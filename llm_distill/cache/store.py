@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from llm_distill.cache import fingerprints, frames, manifest
@@ -77,18 +78,22 @@ class Store:
         return Index.read(self.folder)
 
     def check_there(self) -> None:
-        """See that every file is there, the shards in their sizes; none is read.
+        """See that every file is there, and none cut short; no more than their sizes is read.
 
         Raises:
-            InputError: Naming the file that is missing or cut short.
+            InputError: Naming the file.
         """
         told = self.manifest
         for shard in told.shards:
             _check_size(self.folder / shard.file, shard.bytes)
         own = {HEAD: told.head is not None, frames.FILE: told.layers is not None}
-        for name in (INDEX, f"{TEACHER}/config.json", *(n for n, kept in own.items() if kept)):
+        tensors = [name for name, kept in own.items() if kept]
+        for name in (INDEX, f"{TEACHER}/config.json", *tensors):
             if not (self.folder / name).is_file():
                 raise _missing(self.folder / name)
+        Index.read(self.folder)
+        for name in tensors:
+            _check_tensors(self.folder / name)
 
     def verify(self, *, shown: bool = False) -> None:
         """Compare every file with the manifest.
@@ -209,6 +214,15 @@ def _check_size(path: Path, expected: int) -> None:
         raise InputError(
             f"{path} has {found:,} bytes and was written with {expected:,}; copy it anew"
         )
+
+
+def _check_tensors(path: Path) -> None:
+    """Refuse tensors that are cut short."""
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        raise InputError(f"{path} cannot be read ({error}); copy it anew") from error
 
 
 def _check_file(path: Path, expected: str) -> None:

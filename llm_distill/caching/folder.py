@@ -101,8 +101,8 @@ def _check_content(folder: Path) -> None:
 
 def ours(folder: Path) -> set[str]:
     """Names in a folder that a cache has there: all of an unfinished one, else what is listed."""
-    finished = _told(folder / FILE)
-    if _told(folder / UNFINISHED) is not None or lock.read(folder) is not None:
+    finished, begun = (_told(folder / name) for name in (FILE, UNFINISHED))
+    if begun is not None or (finished is None and lock.read(folder) is not None):
         return {entry.name for entry in folder.iterdir() if _is_reserved(entry.name)}
     if finished is None:
         return set()

@@ -117,6 +117,7 @@ class TestContent:
     ) -> None:
         """A finished cache lists its files, so that a file it does not list is somebody's."""
         (cache / "eval-00077.parquet").write_text("mine")
+        (cache / lock.FILE).write_text(json.dumps(vars(lock.Holder.me()) | {"started": 1.0}))
         (cache / "teacher" / "model.safetensors").write_text("weights")
         before = content(cache)
         made = caches.capture(tmp_path)
@@ -200,9 +201,12 @@ class TestDone:
         assert (cache / name).is_file()
         assert folder.check_folder(cache, overwrite=False)
 
-    def test_a_shard_is_cut_short(self, cache: Path) -> None:
-        (cache / "train-00001.parquet").write_bytes(b"half")
-        with pytest.raises(InputError, match=r"has 4 bytes and was written with .*--overwrite"):
+    @pytest.mark.parametrize("name", ["train-00001.parquet", "index.npy", "head.safetensors"])
+    @pytest.mark.parametrize("share", [0.0, 0.5])
+    def test_a_file_is_cut_short(self, cache: Path, name: str, share: float) -> None:
+        whole = (cache / name).read_bytes()
+        (cache / name).write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(InputError, match=rf"{name} .*; copy it anew, or write it anew with --"):
             folder.check_folder(cache, overwrite=False)
 
     def test_it_is_deleted_meanwhile(
