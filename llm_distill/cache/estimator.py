@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -50,8 +50,15 @@ class Given:
         return [slice(k, min(k + CHUNK, count)) for k in range(0, max(count, 1), CHUNK)]
 
     def logits(self, rows: slice) -> Tensor:
-        """Logits of a chunk: `[n, V]`."""
-        return self.said.logits(rows)[:, : self.vocabulary]
+        """Logits of a chunk: `[n, V]`.
+
+        Raises:
+            ValueError: For a row that is no distribution: NaN, +inf, or nothing above -inf.
+        """
+        found = self.said.logits(rows)[:, : self.vocabulary]
+        if not found.amax(-1).isfinite().all():
+            raise ValueError("the logits of the teacher are not finite")
+        return found
 
 
 class Estimator(ABC):
@@ -166,9 +173,10 @@ def generator(given: Given) -> torch.Generator:
     return torch.Generator(device).manual_seed(given.seed)
 
 
-def check_count(what: str, count: int, least: int, most: int, such: str) -> None:
-    """Refuse a number out of its range."""
-    if isinstance(count, bool) or not least <= count <= most:
+def check_count(what: str, count: object, least: int, most: int, such: str) -> None:
+    """Refuse what is no whole number, or one out of its range."""
+    whole = isinstance(count, int) and not isinstance(count, bool)
+    if not (whole and least <= cast("int", count) <= most):
         raise InputError(
-            f"keep: {what} is {count}; write a number from {least} to {most}, such as {such}"
+            f"keep: {what} is {count!r}; write a number from {least} to {most}, such as {such}"
         )

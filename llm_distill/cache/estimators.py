@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from llm_distill.cache.estimator import Estimator  # noqa: TC001  recipes read the hints
 from llm_distill.cache.kinds import Drawn, Mixed, States, Top
 from llm_distill.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-
-    from llm_distill.cache.estimator import Estimator
 
 __all__ = ["hidden", "hybrid", "sampled", "topk"]
 

@@ -59,7 +59,7 @@ class Index:
         """
         try:
             table = np.load(folder / FILE, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise InputError(f"{folder / FILE} cannot be read ({error}); copy it anew") from error
         return cls(table)
 

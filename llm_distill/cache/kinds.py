@@ -205,6 +205,7 @@ class States(Estimator):
 
         Raises:
             InputError: If the teacher gives logits alone.
+            ValueError: If they are not finite.
         """
         said = given.said
         if not isinstance(said, Factored):
@@ -214,6 +215,8 @@ class States(Estimator):
             )
         told = [facts(given.logits(rows), given.labels[rows]) for rows in given.rows()]
         features = said.head.features(said.hidden).to(said.head.weight.dtype)
+        if not features.isfinite().all():
+            raise ValueError("the last hidden states of the teacher are not finite")
         kept = Encoded(len(said), 0, {"states": columns.of_states(features)})
         back = self.tensors([kept], features.dtype).view(features.shape)
         if not back.equal(features.cpu()):

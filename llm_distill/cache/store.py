@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from llm_distill.cache import fingerprints, frames, manifest
@@ -76,6 +77,24 @@ class Store:
         """Where each example is."""
         return Index.read(self.folder)
 
+    def check_there(self) -> None:
+        """See that every file is there, and none cut short; no more than their sizes is read.
+
+        Raises:
+            InputError: Naming the file.
+        """
+        told = self.manifest
+        for shard in told.shards:
+            _check_size(self.folder / shard.file, shard.bytes)
+        own = {HEAD: told.head is not None, frames.FILE: told.layers is not None}
+        tensors = [name for name, kept in own.items() if kept]
+        for name in (INDEX, f"{TEACHER}/config.json", *tensors):
+            if not (self.folder / name).is_file():
+                raise _missing(self.folder / name)
+        Index.read(self.folder)
+        for name in tensors:
+            _check_tensors(self.folder / name)
+
     def verify(self, *, shown: bool = False) -> None:
         """Compare every file with the manifest.
 
@@ -85,8 +104,7 @@ class Store:
         Raises:
             InputError: Naming the file that is missing or not as it was written.
         """
-        for shard in self.manifest.shards:
-            _check_size(self.folder / shard.file, shard.bytes)
+        self.check_there()
         columns = TextColumn("checking the cache"), BarColumn(), DownloadColumn()
         bar = Progress(
             *columns,
@@ -190,7 +208,7 @@ def save_head(folder: Path, head: Head) -> dict[str, object]:
 def _check_size(path: Path, expected: int) -> None:
     """Refuse a file that is missing or cut short, before others are read to their end."""
     if not path.is_file():
-        raise InputError(f"{path} is missing; copy the cache anew")
+        raise _missing(path)
     found = path.stat().st_size
     if found != expected:
         raise InputError(
@@ -198,10 +216,19 @@ def _check_size(path: Path, expected: int) -> None:
         )
 
 
+def _check_tensors(path: Path) -> None:
+    """Refuse tensors that are cut short."""
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        raise InputError(f"{path} cannot be read ({error}); copy it anew") from error
+
+
 def _check_file(path: Path, expected: str) -> None:
     """Refuse a small file that is missing, or has other content."""
     if not path.is_file():
-        raise InputError(f"{path} is missing; copy the cache anew")
+        raise _missing(path)
     _check_digest(path, fingerprints.of_file(path), expected)
 
 
@@ -212,3 +239,8 @@ def _check_digest(path: Path, found: str, expected: str) -> None:
             f"{path} is not as it was written: its SHA-256 is {found[:12]}…, the manifest says "
             f"{expected[:12]}…; copy it anew"
         )
+
+
+def _missing(path: Path) -> InputError:
+    """A file is not there."""
+    return InputError(f"{path} is missing; copy the cache anew")

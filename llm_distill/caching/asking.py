@@ -122,13 +122,30 @@ def _encoded(
         every = _examples(capture, part, places, batch, said.whole)
         states = states_of(capture, batch, said)
         for place, given, own in zip(places, every, states, strict=True):
-            kept, told = capture.estimator.encode(given)
+            kept, told = _kept(capture, place, given)
             measured.fidelity += told
             if capture.layers is not None:
                 kept = _beside(kept, place, own, capture, measured)
             found[place] = kept
             tick(told.rows)
     return found, measured
+
+
+def _kept(capture: Capture, place: int, given: Given) -> tuple[Encoded, Fidelity]:
+    """The targets of an example, and how near they are.
+
+    Raises:
+        InputError: If what the teacher said is no finite numbers.
+    """
+    try:
+        return capture.estimator.encode(given)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(
+            f"example {place}: {error}; leave it out, or load the teacher in another dtype: of: "
+            "{Local: {model: …, dtype: float32}}"
+        ) from error
 
 
 def _beside(

@@ -33,7 +33,8 @@ def framed(capture: Capture, source: Source) -> dict[int, Frame]:
     """The frame of each kept layer.
 
     Raises:
-        InputError: If there are too few tokens to find directions among.
+        InputError: If there are too few tokens to find directions among, or states that are no
+            numbers.
     """
     kept = capture.layers
     if kept is None:
@@ -59,8 +60,14 @@ def framed(capture: Capture, source: Source) -> dict[int, Frame]:
     for start in starts:
         places = chosen[start : start + size]
         batch = batch_of(capture, split, places)
-        for own in states_of(capture, batch, source(batch.for_teacher)):
+        every = states_of(capture, batch, source(batch.for_teacher))
+        for place, own in zip(places, every, strict=True):
             for layer, states in own.items():
+                if not states.isfinite().all():  # a median of NaN would blame all examples
+                    raise InputError(
+                        f"example {place}: hidden state {layer} of the teacher: numbers that are "
+                        "not finite have no code; leave it out, or states: false"
+                    )
                 seen[layer].append(states[_spread(len(states), each)].float().cpu())
     found = {layer: torch.cat(parts) for layer, parts in seen.items()}
     count = len(next(iter(found.values())))

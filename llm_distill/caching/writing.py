@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import copy
-import json
-import shutil
 from dataclasses import asdict, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llm_distill import added_kl, hints, loading
 from llm_distill.cache import estimators, fingerprints, frames
-from llm_distill.cache.encoded import Fidelity
-from llm_distill.cache.index import FILE as INDEX
-from llm_distill.cache.index import Index, Place
-from llm_distill.cache.layers import Lost
-from llm_distill.cache.manifest import FILE, UNFINISHED, Manifest, Shard
-from llm_distill.cache.shards import ShardReader
-from llm_distill.cache.store import HEAD, TEACHER, save_head
+from llm_distill.cache.manifest import FILE, UNFINISHED, Manifest
+from llm_distill.cache.store import TEACHER, save_head
+from llm_distill.caching import folder
 from llm_distill.caching.asking import write_shard
 from llm_distill.caching.deciding import decided
+from llm_distill.caching.finishing import finish
 from llm_distill.caching.framing import framed
 from llm_distill.caching.room import check_disk
 from llm_distill.capture import plain
@@ -31,11 +26,10 @@ from llm_distill.lm_head import head_of
 from llm_distill.pieces import in_pieces
 from llm_distill.publishing import versions
 from llm_distill.signals import Request
+from llm_distill.students import Made, as_local
 from llm_distill.teachers import Local
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from llm_distill.caching.plan import Capture
     from llm_distill.signals import Head
     from llm_distill.teachers import Source, Teacher
@@ -63,9 +57,32 @@ def write_cache(capture: Capture, *, overwrite: bool = False) -> Manifest:
             f"{run.tokenizers.difference}; a cache is read token by token, which needs one "
             "vocabulary"
         )
-    done = not overwrite and (capture.folder / FILE).is_file()
-    if not done:
-        check_disk(capture)
+    folder.check_place(capture.folder, _models(capture))
+    if folder.check_folder(capture.folder, overwrite=overwrite):
+        return _write(capture, done=True, overwrite=False)
+    check_disk(capture)
+    with folder.alone(capture.folder, capture.args):
+        return _write(capture, done=False, overwrite=overwrite)
+
+
+def _models(capture: Capture) -> dict[str, str]:
+    """Where the teacher and the student may lie."""
+    teacher, student = capture.run.teacher, capture.run.model
+    found = {"the teacher": teacher.name} if isinstance(teacher, Local) else {}
+    if not isinstance(student, Made):
+        found["the student"] = as_local(student).name
+    return found
+
+
+def _write(capture: Capture, *, done: bool, overwrite: bool) -> Manifest:
+    """Open the teacher, and write what is missing.
+
+    Args:
+        capture: What to write.
+        done: Whether there is a whole cache, which has to be of this teacher.
+        overwrite: Whether a cache that is there may be lost.
+    """
+    run = capture.run
     wanted = run.opening_request.hidden if capture.cached.states else frozenset[int]()
     opens = partial(run.teacher.open, Request(logits=True, hidden=wanted), capture.args.device)
     source, added = added_kl.opened(opens, run, capture.args, compared=not done)
@@ -80,17 +97,22 @@ def write_cache(capture: Capture, *, overwrite: bool = False) -> Manifest:
         there = _there(capture, begun, overwrite=overwrite)
         if there is not None and (capture.folder / FILE).is_file():
             return there
-        _together(capture)  # all have looked before the first one writes
+        if done:
+            raise InputError(
+                f"the cache in {capture.folder} was there and is no more: another process deleted "
+                "it; run the same command again"
+            )
+        folder.together(capture.args)  # all have looked before the first one writes
         if capture.args.process_index == 0 and there is None:
             _prepare_folder(capture, begun, source)
-        _together(capture)
+        folder.together(capture.args)
         _write_shards(capture, source)
     finally:
         source.close()
-    _together(capture)
+    folder.together(capture.args)
     if capture.args.process_index == 0:
-        _finish(capture)
-    _together(capture)
+        finish(capture, begun)
+    folder.together(capture.args)
     return Manifest.read(capture.folder / FILE)
 
 
@@ -106,13 +128,6 @@ def _refuse_sharded(source: Source) -> None:
             "of llm-distill cache asks it about other examples; start one process, and spread the "
             "teacher over its GPUs: of: {Local: {model: …, device_map: auto}}"
         )
-
-
-def _together(capture: Capture) -> None:
-    """Wait for the other ranks."""
-    state: Any = capture.args.distributed_state
-    if state is not None:
-        state.wait_for_everyone()
 
 
 def _begun(capture: Capture, source: Source) -> Manifest:
@@ -173,23 +188,22 @@ def _there(capture: Capture, begun: Manifest, *, overwrite: bool) -> Manifest | 
 
 def _prepare_folder(capture: Capture, begun: Manifest, source: Source) -> None:
     """An empty cache: what is needed besides shards."""
-    folder = capture.folder
+    there = capture.folder
     head = _head_to_keep(source) if capture.estimator.example() is None else None
-    folder.mkdir(parents=True, exist_ok=True)
-    _clear(capture)
+    folder.clear(there)
     config = copy.deepcopy(capture.run.teacher.config)
     if not config.architectures and source.model is not None:
         config.architectures = [type(plain(source.model)).__name__]
-    config.save_pretrained(folder / TEACHER)
+    config.save_pretrained(there / TEACHER)
     tokenizer = capture.run.kwargs["processing_class"]
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder / TEACHER)
+        tokenizer.save_pretrained(there / TEACHER)
     if head is not None:
-        begun = replace(begun, head=save_head(folder, head))
+        begun = replace(begun, head=save_head(there, head))
     if capture.layers is not None:
-        frames.save(framed(capture, source), folder)
-        begun = replace(begun, frames=fingerprints.of_file(folder / frames.FILE))
-    begun.write(folder / UNFINISHED)
+        frames.save(framed(capture, source), there)
+        begun = replace(begun, frames=fingerprints.of_file(there / frames.FILE))
+    begun.write(there / UNFINISHED)
 
 
 def _head_to_keep(source: Source) -> Head:
@@ -205,17 +219,6 @@ def _head_to_keep(source: Source) -> Head:
             "topk, or a device_map that leaves the head on the CPU"
         )
     return head
-
-
-def _clear(capture: Capture) -> None:
-    """Delete an earlier cache, and nothing else."""
-    folder = capture.folder
-    for name in (FILE, UNFINISHED, INDEX, HEAD, frames.FILE):
-        (folder / name).unlink(missing_ok=True)
-    for pattern in ("train-*.parquet*", "eval-*.parquet*", "*.part"):
-        for file in folder.glob(pattern):
-            file.unlink()
-    shutil.rmtree(folder / TEACHER, ignore_errors=True)
 
 
 def _write_shards(capture: Capture, source: Source) -> None:
@@ -243,36 +246,3 @@ def _write_shards(capture: Capture, source: Source) -> None:
             speed = bar.tasks[0].speed or 0.0
             told = f"{speed:,.0f} a second, {size / max(rows, 1):,.1f} bytes each"
             bar.update(task, told=told)
-
-
-def _finish(capture: Capture) -> None:
-    """Index and manifest, which is the last to be written; the notes go."""
-    folder = capture.folder
-    begun = Manifest.read(folder / UNFINISHED)
-    notes = [json.loads(capture.note(p).read_text(encoding="utf-8")) for p in capture.parts]
-    shards = tuple(Shard(**note["shard"]) for note in notes)
-    fidelity = sum((Fidelity(**note["fidelity"]) for note in notes), start=Fidelity())
-    keys: list[bytes] = []
-    places: list[Place] = []
-    for number, shard in enumerate(shards):
-        reader = ShardReader.open(folder / shard.file, ())
-        for group, found in enumerate(reader.keys_by_group()):
-            keys += found
-            places += (Place(number, group, row) for row in range(len(found)))
-    Index.of(keys, places).write(folder)
-    index = fingerprints.of_file(folder / INDEX)
-    told = {**fidelity.means(), **begun.fidelity}
-    finished = replace(begun, shards=shards, index=index, fidelity=told)
-    replace(finished, lost=_lost(notes)).write(folder / FILE)
-    for part in capture.parts:
-        capture.note(part).unlink()
-    (folder / UNFINISHED).unlink()
-
-
-def _lost(notes: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """What the kept states lost, by layer, over all shards."""
-    total: dict[str, Lost] = {}
-    for note in notes:
-        for layer, lost in note.get("lost", {}).items():
-            total[layer] = total.get(layer, Lost()) + Lost(**lost)
-    return {k: {"mean": lost.mean, "worst": lost.worst} for k, lost in total.items()}

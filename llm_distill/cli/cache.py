@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_distill import hints, mapping, recall
-from llm_distill.caching import Capture, write_cache
+from llm_distill.caching import (
+    Capture,
+    check_beside,
+    check_folder,
+    check_place,
+    write_cache,
+)
 from llm_distill.cli.plan import plan
 from llm_distill.cli.reading import open_screen, read_data, trainer_inputs
 from llm_distill.errors import InputError, each_by_itself
 from llm_distill.layers import LayerEvidence
 from llm_distill.preparation import prepare_run
+from llm_distill.students import teacher_for
 from llm_distill.teachers import Cached, Local
 
 if TYPE_CHECKING:
@@ -43,6 +51,8 @@ def cache(recipe: Recipe, *, overwrite: bool = False) -> Manifest:
             f"teacher: the cache {cached.path} does not say of which teacher; write teacher: "
             f"{{Cached: {{path: {cached.path}, of: the teacher's id or path}}}}"
         )
+    _check_path(recipe, cached, cached.of, overwrite=overwrite)
+    teacher_for(recipe.student, cached)  # a run has no weights to make a student of
     asked = replace(recipe, teacher=cached.of)
     args = recipe.arguments()
     screen = open_screen(args)
@@ -78,6 +88,30 @@ def cache(recipe: Recipe, *, overwrite: bool = False) -> Manifest:
     screen.figures(figures(written), title="what was written")
     screen.say(f"It is in {cached.path}; llm-distill run with the same recipe trains from it")
     return written
+
+
+def _check_path(recipe: Recipe, cached: Cached, teacher: Local, *, overwrite: bool) -> None:
+    """Refuse a path that is no folder of its own.
+
+    Raises:
+        InputError: Saying what is there.
+    """
+    data, student = recipe.data, recipe.student
+    given: dict[str, object] = {
+        "the teacher": teacher.model,
+        "the teacher's tokenizer": teacher.tokenizer,
+        "the data": data.path,
+        "the evaluation data": data.eval,
+        "the chat template": data.chat_template,
+    }
+    if isinstance(student, Local):
+        given |= {"the student": student.model, "the student's tokenizer": student.tokenizer}
+    taken = {what: path for what, path in given.items() if isinstance(path, str)}
+    check_place(cached.path, taken)
+    if data.path is not None and Path(data.path).expanduser().is_dir():
+        check_beside(cached.path, "the folder of the data", data.path)
+    check_beside(cached.path, "training.output_dir", recipe.training["output_dir"])
+    check_folder(Path(cached.path), overwrite=overwrite)
 
 
 def expected(capture: Capture) -> tuple[str, ...]:

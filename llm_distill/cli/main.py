@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm_distill import __version__
-from llm_distill.errors import InputError, OwnError, ServerError
+from llm_distill.errors import InputError, OwnError, ServerError, sentence
 from llm_distill.recipe import Recipe
 from llm_distill.recipe.sections import SECTIONS
 from llm_distill.recipe.values import did_you_mean
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank, alone = os.environ.get("RANK", "0"), isinstance(error, OwnError | ServerError)
         if rank == "0" or alone:
             who = f" process {rank}" if alone and os.environ.get("WORLD_SIZE", "1") != "1" else ""
-            sys.stderr.write(f"llm-distill{who}: {error}\n")
+            sys.stderr.write(f"llm-distill{who}: {sentence(error)}\n")
         return BAD_INPUT if isinstance(error, InputError) else FAILED
     except SystemExit as stop:  # argparse: 0 after --help, 2 after a mistake
         return stop.code if isinstance(stop.code, int) else BAD_INPUT

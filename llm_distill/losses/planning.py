@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from llm_distill.losses.closed import Form, closed_form
+from llm_distill.losses.described import describe_function
 from llm_distill.losses.divergences import forward_kl
 from llm_distill.losses.rowwise import Alone, Nll, RowTerm, Tempered
 from llm_distill.losses.several import Sparse, each
@@ -140,8 +141,8 @@ def _sparse(term: RowTerm, teacher: Sparse) -> Tempered:
     """
     if not isinstance(term, Tempered):
         raise ValueError(
-            f"the teacher gives {type(teacher).__name__} targets, and {term} reads its whole "
-            "logits; write Logits(loss=…), or take a teacher that gives them"
+            f"the teacher gives {type(teacher).__name__} targets, and {describe_function(term)} "
+            "reads its whole logits; write Logits(loss=…), or take a teacher that gives them"
         )
     plain = term.loss is forward_kl and term.temperature == 1.0 and term.mix is None
     if any(isinstance(part, Counts) for part in each(teacher)) and not plain:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm_distill.losses.described import describe_function
 from llm_distill.losses.divergences import forward_kl
 from llm_distill.losses.softmax import FLOOR, wide
 
@@ -67,6 +68,17 @@ class Tempered:
     temperature: float = 1.0
     factor: float = 1.0
     mix: Tensor | None = None
+
+    def __str__(self) -> str:
+        """For messages.
+
+        >>> print(Tempered(forward_kl, temperature=2.0))
+        forward_kl at temperature 2
+        """
+        told = describe_function(self.loss)
+        if self.temperature != 1.0:
+            told += f" at temperature {self.temperature:g}"
+        return told if self.mix is None else f"{told} with a target that moves"
 
     def __call__(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
         """One value per row: `[n, V], [n, V'], [n] -> [n]`."""

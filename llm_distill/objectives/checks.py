@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from llm_distill.losses.described import describe_function as describe_function
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,28 +35,6 @@ def check_evidence(rows: int, owner: str) -> None:
             f"{owner}: the first examples of the training data have no row to calibrate on; "
             "shuffle the data, or write rows: valid"
         )
-
-
-def describe_function(function: Callable[..., object]) -> str:
-    """A function with its settings, as a recipe would write it.
-
-    >>> from functools import partial
-    >>> describe_function(partial(torch.add, alpha=2))
-    'add(alpha=2)'
-    """
-    inner = getattr(function, "func", function)
-    keywords = getattr(function, "keywords", {})
-    arguments = ", ".join(f"{key}={_said(value)}" for key, value in keywords.items())
-    name = getattr(inner, "__name__", type(inner).__name__)
-    return f"{name}({arguments})" if arguments else str(name)
-
-
-def _said(value: object) -> str:
-    """A setting, functions among them by their names."""
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(_said(entry) for entry in value)}]"
-    function = inspect.isroutine(value) or isinstance(value, partial)
-    return describe_function(cast("Callable[..., object]", value)) if function else str(value)
 
 
 def check_function(owner: str, field: str, value: object, home: str) -> None:

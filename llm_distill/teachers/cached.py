@@ -57,6 +57,10 @@ class Cached:
 
     def __post_init__(self) -> None:
         """A name is a `Local`."""
+        if not str(self.path).strip():
+            raise InputError(
+                f"Cached: path is {self.path!r}; write the folder of the cache, such as cache/name"
+            )
         object.__setattr__(self, "path", str(Path(self.path).expanduser()))
         if self.of is not None and not isinstance(self.of, Local):
             object.__setattr__(self, "of", Local(self.of))

@@ -78,8 +78,21 @@ def test_draws_follow_from_the_seed_alone() -> None:
     assert not torch.equal(one, two)
 
 
-@pytest.mark.parametrize("count", [0, -1, 9, True])
-def test_numbers_out_of_their_range(count: int) -> None:
-    message = f"keep: topk: k is {count}; write a number from 1 to 8, such as 4"
+@pytest.mark.parametrize(
+    ("row", "fine"),
+    [([0.0, -torch.inf], True), ([0.0, torch.nan], False), ([0.0, torch.inf], False)],
+)
+def test_what_is_no_distribution(row: list[float], fine: bool) -> None:
+    given = Given(Dense(torch.tensor([[1.0, 2.0], row])), torch.tensor([0, 0]), 2, 0)
+    if fine:
+        assert given.logits(slice(0, 2)).shape == (2, 2)
+        return
+    with pytest.raises(ValueError, match="the logits of the teacher are not finite"):
+        given.logits(slice(0, 2))
+
+
+@pytest.mark.parametrize("count", [0, -1, 9, True, 1.5, "4", None, math.nan])
+def test_numbers_out_of_their_range(count: object) -> None:
+    message = f"keep: topk: k is {count!r}; write a number from 1 to 8, such as 4"
     with pytest.raises(InputError, match=re.escape(message)):
         check_count("topk: k", count, 1, 8, "4")

@@ -25,7 +25,7 @@ from llm_distill.errors import InputError
 from llm_distill.layers import explicit
 from llm_distill.losses.sparse import TopK
 from llm_distill.rows import Batch
-from llm_distill.signals import Request, Signals
+from llm_distill.signals import Factored, Request, Signals
 from tests import caches, tiny
 
 if TYPE_CHECKING:
@@ -146,3 +146,34 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
     with pytest.raises(expected, match="is full; whole shards stay" if full else "no luck"):
         write_shard(made, made.parts[0], source, int)
     assert list(made.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@pytest.mark.parametrize("keep", [caches.TOP, sampled, hybrid, hidden])
+def test_logits_that_are_no_numbers(
+    tmp_path: Path, keep: Callable[[], Estimator], number: float
+) -> None:
+    """The example is named, before anything of its shard is written."""
+    model = tiny.llama("teacher")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tiny.rows(1)[0]["input_ids"][0]] = number
+    message = r"example \d+: the .* of the teacher are not finite; leave it out, or load .* dtype"
+    with pytest.raises(InputError, match=message):
+        write_cache(caches.capture(tmp_path, keep, model=model))
+    assert not list((tmp_path / "cache").glob("*.parquet"))
+
+
+def test_hidden_states_that_the_head_forgives(tmp_path: Path) -> None:
+    """A soft cap makes numbers of an infinite state."""
+    made = caches.capture(tmp_path, hidden)
+    made.folder.mkdir()
+    source = made.run.teacher.open(Request(logits=True), made.args.device)
+
+    def broken(given: Batch) -> Signals:
+        said = source(given)
+        whole = cast("Factored", said.whole)
+        head = replace(whole.head, weight=torch.ones_like(whole.head.weight), softcap=30.0)
+        return replace(said, distribution=Factored(torch.full_like(whole.hidden, torch.inf), head))
+
+    with pytest.raises(InputError, match=r"example \d+: the last hidden states of the teacher are"):
+        write_shard(made, made.parts[0], cast("Source", broken), int)

@@ -1,7 +1,9 @@
 """Frames at capture: from tokens of all the data, and of no more than are needed."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -79,3 +81,21 @@ def test_nothing_where_no_states_are_kept(tmp_path: Path) -> None:
     made = caches.capture(tmp_path)
     source = made.run.teacher.open(Request(logits=True), made.args.device)
     assert framed(made, source) == {}
+
+
+def test_the_example_whose_states_are_no_numbers(tmp_path: Path) -> None:
+    """Of the one that has them: a median of NaN would be at fault in all."""
+    made = caches.capture(tmp_path, hints=[HINT])
+    source = opened(made)
+    asked: list[int] = []
+
+    def broken(given: Any) -> Any:
+        said = source(given)
+        asked.append(len(given.inputs["input_ids"]))
+        if len(asked) < 2:
+            return said
+        return replace(said, states={k: v * torch.nan for k, v in said.states.items()})
+
+    message = r"example 4: hidden state \d of the teacher: .* leave it out, or states: false"
+    with pytest.raises(InputError, match=message):
+        framed(made, cast("Source", broken))

@@ -174,6 +174,21 @@ def test_documents_in_another_order(cli: Cli, sections: dict[str, Any], tmp_path
     assert "The data, their order in blocks, the chat template or max_length changed" in ended.err
 
 
+def test_a_worker_that_finds_no_example(
+    cli: Cli, sections: dict[str, Any], content: dict[str, Any]
+) -> None:
+    """Of a stream, which nobody can look through before: one sentence, whoever reads it."""
+    assert cli("cache", **sections).code == 0
+    data = {k: v for k, v in content["data"].items() if k != "eval"}
+    data |= {"streaming": True, "max_length": 9}
+    training = content["training"] | {"dataloader_num_workers": 1}
+    ended = cli("run", **sections, data=data, training=training)
+    assert ended.code == 2
+    (line,) = [line for line in ended.err.splitlines() if line.startswith("llm-distill: ")]
+    assert "of this batch are not in the cache" in line
+    assert "Traceback" not in ended.err
+
+
 def test_another_k_in_the_run(cli: Cli, sections: dict[str, Any]) -> None:
     assert cli("cache", **sections).code == 0
     ended = cli("run", "--teacher.Cached.keep.topk.k", "16", **sections)
@@ -217,6 +232,16 @@ def test_another_tokenizer_in_the_run(
             "Logits: the cache keeps 50 draws",
         ),
         ({"keep": {"topk": {"k": 9999}}}, "topk: k is 9999; write a number from 1 to 300"),
+        ({"keep": {"topk": {"k": "many"}}}, "k: 'many' is not what this takes; write an integer"),
+        ({"keep": {"hybrid": {"n": 1.5}}}, "n: 1.5 is not what this takes; write an integer"),
+        (
+            {"keep": "sampled", "objectives": [{"Logits": {"temperature": 2.0}}]},
+            "at temperature 1 alone, and the term is forward_kl at temperature 2; write",
+        ),
+        (
+            {"keep": "hybrid", "objectives": [{"Logits": {"target": "Taid"}}]},
+            "the term is forward_kl with a target that moves; write",
+        ),
         ({"keep": "topp"}, "no 'topp' in llm_distill.cache.estimators; did you mean 'topk'?"),
     ],
 )

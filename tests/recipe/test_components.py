@@ -1,17 +1,21 @@
 # ruff: noqa: E501  tables of cases
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
 import llm_distill
 from llm_distill import heads, layers, losses, projectors, schedules
+from llm_distill.cache.estimator import Estimator
 from llm_distill.errors import InputError
 from llm_distill.objectives import Objective
+from llm_distill.recipe import components
 from llm_distill.recipe.components import Components
 from llm_distill.recipe.values import Place
 
@@ -233,3 +237,26 @@ def test_fields_of_types_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> 
 def test_arguments_without_their_names(value: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Components()(value, Callable[..., Any], Place("HiddenStates").key("layers"))
+
+
+def test_type_hints_of_all_names_are_known() -> None:
+    """Where one is not, nothing of the component is checked."""
+    homes = sorted({*components.FIELDS.values(), "llm_distill"})
+    there = [(home, vars(import_module(home))) for home in homes]
+    made = [
+        getattr(import_module(home), name) for home, module in there for name in module["__all__"]
+    ]
+    kinds = [kind for kind in made if inspect.isfunction(kind) or components.is_spec(kind)]
+    assert len(kinds) > 60
+    for kind in kinds:
+        get_type_hints(kind)
+
+
+@pytest.mark.parametrize("k", ["eight", 1.5, None, True])
+def test_numbers_of_what_is_kept(k: Any) -> None:
+    make = Components()
+    place = Place("teacher.Cached.keep", "keep")
+    with pytest.raises(InputError, match=r"keep.topk.k: .*write an integer"):
+        make({"topk": {"k": k}}, Callable[[], Estimator], place)
+    made = make({"topk": {"k": "8"}}, Callable[[], Estimator], place)
+    assert made().k == 8
