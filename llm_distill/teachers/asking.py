@@ -6,11 +6,13 @@ import logging
 import time
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 
 from llm_distill.errors import InputError, ServerError
+from llm_distill.keys import begins
 from llm_distill.losses.sparse import TopK
 from llm_distill.signals import Request, Signals
 from llm_distill.teachers.client import begin, gather
@@ -176,7 +178,7 @@ class RemoteSource:
         return self._client
 
     def _begin(self, batch: Batch) -> list[Future[TopK]]:
-        """Ask about all sequences of a batch at the same time."""
+        """Ask about all examples of a batch at the same time."""
         client, asked = self._line(), asked_of(batch)
         self._check_length(asked, client)
         groups = shared_out(asked, self._manner.concurrency)
@@ -207,20 +209,24 @@ class RemoteSource:
 
 
 def asked_of(batch: Batch) -> list[Asked]:
-    """The sequences with supervised rows, in their order.
+    """The examples with supervised rows, in the order of the rows.
 
-    Padding is left out, and so are the tokens after the last supervised one.
+    Padding is left out, and so are the tokens after the last supervised one. An example of a pack
+    is asked about alone: a server reads a prompt from its first token on.
     """
-    ids = batch.inputs["input_ids"].cpu()
-    mask = batch.inputs.get("attention_mask")
+    ids, mask = batch.inputs["input_ids"].cpu(), batch.inputs.get("attention_mask")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu() != 0
+    places = batch.inputs.get("position_ids")
+    starts = begins(real.numpy(), None if places is None else places.cpu())
     rows = batch.supervised
     asked = []
     for sequence, padded in enumerate(rows.host_position.split(list(rows.per_sequence))):
-        if len(padded):
-            places = (real[sequence].cumsum(0) - 1)[padded].tolist()
-            tokens = ids[sequence][real[sequence]][: places[-1] + 2].tolist()
-            asked.append(Asked(tokens, places))
+        tokens = ids[sequence][real[sequence]].tolist()
+        supervised = (real[sequence].cumsum(0) - 1)[padded]
+        for start, end in pairwise([*starts[sequence], len(tokens)]):
+            own = (supervised[(supervised >= start) & (supervised < end)] - start).tolist()
+            if own:  # the token after the last place may be the next example's: it only follows
+                asked.append(Asked(tokens[start : start + own[-1] + 2], own))
     return asked
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DataCollatorWithFlattening, PreTrainedConfig, PreTrainedModel
 
 from llm_distill import (
     AttentionMaps,
@@ -362,6 +362,23 @@ class TestTraining:
         assert server.at_once > 4  # more than a micro-batch of two
         sent = server.asked("/v1/completions")[before:]
         assert sum(len(r.body["prompt"]) for r in sent) == 22  # each sequence with rows, once
+
+    def test_packed_is_as_padded(self, tmp_path: Path, remote: Remote) -> None:
+        """Packs of 8 are longer than the 64 positions of the models; their examples are not."""
+        args, data = tiny.arguments(tmp_path, learning_rate=0.1), tiny.rows(24)
+        ends = []
+        for collator in (DataCollatorWithFlattening(), None):
+            made = DistillTrainer(
+                tiny.llama("student"),
+                remote,
+                [Logits()],
+                args,
+                train_dataset=data,
+                data_collator=collator,
+            )
+            made.train()
+            ends.append(weights(made))
+        assert (ends[0] - ends[1]).abs().max() < 1e-6
 
     def test_a_server_that_dies_is_told_and_nothing_hangs(
         self, tmp_path: Path, remote: Remote, server: TeacherServer
