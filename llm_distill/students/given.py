@@ -79,11 +79,15 @@ def teacher_for(student: Student, teacher: Teacher, *, adapted: bool = False) ->
         adapted: Whether the student gets adapters.
 
     Raises:
-        InputError: For a student that is made for a teacher, or one that this cannot be made of.
+        InputError: For a student that is made for a teacher, one that this cannot be made of, or
+            that is the teacher's very object.
     """
     if isinstance(student, FromTeacher) and not isinstance(teacher, Itself):
         student.check_teacher(teacher)
     if not isinstance(teacher, Itself):
+        loaded = _weights(student)
+        if loaded is not None and any(loaded is _weights(leaf) for leaf in leaves(teacher)):
+            raise InputError("model and teacher are one object; give the teacher a copy of its own")
         return teacher
     if isinstance(student, Made):
         raise InputError(
@@ -94,6 +98,12 @@ def teacher_for(student: Student, teacher: Teacher, *, adapted: bool = False) ->
     made = teacher.of(own)
     made.check_student(adapted=adapted or isinstance(own.model, PeftModel))
     return made
+
+
+def _weights(model: object) -> nn.Module | None:
+    """The loaded model behind a student or a teacher, adapters taken off."""
+    inner = model.model if isinstance(model, Local) else model
+    return plain(inner) if isinstance(inner, nn.Module) else None
 
 
 def both_causal(model: Student, teacher: Teacher) -> bool:

@@ -52,6 +52,7 @@ class Manner:
         concurrency: Requests that a batch is shared out among.
         patience: Seconds in which a request is tried again.
         compared: Whether its tokenizer was found to be the one it should have.
+        common: Of its tokens, how many the student has; None: all.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Manner:
     concurrency: int
     patience: float
     compared: bool = True
+    common: int | None = None
 
 
 class FirstBatches:
@@ -130,9 +132,13 @@ class RemoteSource:
         unsure = (
             "" if manner.compared else "; it does not cut texts, so its tokenizer is not checked"
         )
+        aside = ""
+        if manner.common is not None and manner.common < manner.vocabulary:
+            aside = f"; the last {manner.vocabulary - manner.common} of its "
+            aside += f"{manner.vocabulary:,} tokens, which the student does not have, put aside"
         self.told = (
             f"teacher {manner.name}: the {manner.top_k} likeliest tokens of each row, from "
-            f"{manner.served.dialect.name} at {client.url}{unsure}",
+            f"{manner.served.dialect.name} at {client.url}{unsure}{aside}",
         )
         self._client: Client | None = client
         self._ahead: dict[int, tuple[Batch, list[Future[TopK]]]] = {}
@@ -191,7 +197,7 @@ class RemoteSource:
         answer = client.ask(dialect.path, body, patience=manner.patience)
         try:
             rows = [row for told in read(dialect, answer, group) for row in told]
-            return top_k(rows, manner.top_k, manner.vocabulary)
+            return top_k(rows, manner.top_k, manner.vocabulary, manner.common)
         except ValueError as error:
             where = f"{client.url}{dialect.path}"
             raise ServerError(f"{where}: the answer is of no use: {error}") from error
@@ -231,9 +237,10 @@ def asked_of(batch: Batch) -> list[Asked]:
 
 
 def joined(parts: Sequence[TopK], k: int) -> TopK:
-    """Rows of several requests, one after the other."""
+    """Rows of several requests, one after the other, with as many tokens as the narrowest has."""
     if not parts:
         return TopK(torch.zeros(0, k, dtype=torch.int64), torch.zeros(0, k), torch.zeros(0))
+    parts = [part.first(min(part.ids.shape[1] for part in parts)) for part in parts]
     return TopK(
         torch.cat([part.ids for part in parts]),
         torch.cat([part.log_probs for part in parts]),

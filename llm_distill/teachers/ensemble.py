@@ -84,6 +84,10 @@ class Ensemble(Composite):
         """The members, as specs."""
         return as_teachers("Ensemble", self.members)
 
+    def of(self, teachers: Sequence[Teacher]) -> Ensemble:
+        """The same of other members."""
+        return replace(self, members=tuple(teachers))
+
     @property
     def shares(self) -> tuple[float, ...]:
         """The weights, which sum to 1."""

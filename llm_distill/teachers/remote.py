@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, get_args
 from urllib.parse import SplitResult, urlsplit
@@ -53,6 +54,7 @@ class Remote:
             NCCL for 600 s.
         key_from: The variable of the environment that holds the key. By default `OPENAI_API_KEY`,
             which is sent over https and within this machine only; one that is named, everywhere.
+        common: Of its tokens, how many the student has, once that is known (`cut`).
 
     Raises:
         InputError: For a url that is none or holds a secret, or for numbers out of range.
@@ -67,6 +69,7 @@ class Remote:
     timeout: float = 120.0
     patience: float = 300.0
     key_from: str | None = None
+    common: int | None = field(default=None, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, without repeating what may be a secret."""
@@ -86,6 +89,17 @@ class Remote:
                 "Remote: key_from is no name of a variable; put the key into the environment, and "
                 f"write its name here: key_from: {DEFAULT_KEY}"
             )
+
+    def cut(self, tokens: int) -> Remote:
+        """The same, for a student that has no more than so many of its tokens.
+
+        Heads of one family are padded to different sizes. What a server tells of padding is put
+        aside and the rest normalised, as the logits of a `Local` are cut; what it does not tell
+        stays in the tail.
+        """
+        made = copy.copy(self)  # with what the server said already
+        object.__setattr__(made, "common", tokens)
+        return made
 
     @property
     def name(self) -> str:
@@ -150,6 +164,7 @@ class Remote:
             concurrency=self.concurrency,
             patience=self.patience,
             compared=not request.logits or self._probed,
+            common=self.common,
         )
         return RemoteSource(self.client(), manner, device)
 

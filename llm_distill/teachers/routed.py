@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +81,10 @@ class Routed(Composite):
     def teachers(self) -> tuple[Teacher, ...]:
         """The experts, as specs."""
         return as_teachers("Routed", list(self.experts.values()))
+
+    def of(self, teachers: Sequence[Teacher]) -> Routed:
+        """The same of other experts."""
+        return replace(self, experts=dict(zip(self.names, teachers, strict=True)))
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -260,7 +264,9 @@ def _distribution(
     places = [_places(batch, sequences) for sequences, _ in heard]
     found = [said.logits for _, said in heard]
     tops = [top for top in found if isinstance(top, TopK)]
-    if len(tops) == len(found) and len({top.ids.shape[1] for top in tops}) == 1:
+    if len(tops) == len(found):
+        narrowest = min(top.ids.shape[1] for top in tops)  # a server's padding may be put aside
+        tops = [top.first(narrowest) for top in tops]
         order = torch.tensor([place for own in places for place in own], dtype=torch.long)
         back = order.argsort().to(tops[0].ids.device)
         columns = zip(*((top.ids, top.log_probs, top.tail) for top in tops), strict=True)

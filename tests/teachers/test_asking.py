@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -179,6 +180,24 @@ def test_a_step_is_asked_for_once_and_before(
     assert len(server.received) == sent + 4
 
 
+def test_what_the_student_does_not_have_is_put_aside(
+    source: RemoteSource, server: TeacherServer, teacher: PreTrainedModel
+) -> None:
+    """Some of the likeliest tokens are padding: as many stay as the poorest row has left."""
+    common, batch = tiny.VOCABULARY - 8, collated()
+    source._manner = replace(source._manner, common=common)
+    found, whole = source(batch).logits, expected(teacher, batch)
+    assert isinstance(found, TopK)
+    fewest = int((whole.ids < common).sum(1).min())
+    assert found.ids.shape == (len(whole), fewest)
+    assert 0 < fewest < K
+    with torch.no_grad():
+        logits = teacher(**batch.inputs).logits.flatten(0, 1)[batch.supervised.index, :common]
+    assert torch.equal(found.ids, TopK.of(logits, fewest).ids)
+    assert found.ids.max() < common
+    assert torch.allclose(found.targets().exp().sum(-1), torch.ones(len(found)))
+
+
 def test_it_says_what_it_is(source: RemoteSource, server: TeacherServer) -> None:
     (told,) = source.told
     assert told.startswith("teacher me/t: the 8 likeliest tokens of each row, from ")
@@ -255,7 +274,7 @@ def test_a_server_that_breaks(
         source(collated())
 
 
-@pytest.mark.parametrize("form", ["raw", "few", "none", "other"])
+@pytest.mark.parametrize("form", ["raw", "low", "few", "none", "other"])
 def test_answers_that_cannot_be(source: RemoteSource, server: TeacherServer, form: str) -> None:
     server.forms = {form}
     with pytest.raises(ServerError, match=f"{server.url}/.*: the answer is of no use: "):

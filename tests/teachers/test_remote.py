@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from transformers import DataCollatorWithFlattening, PreTrainedConfig, PreTrainedModel
@@ -13,10 +14,12 @@ from llm_distill import (
     AttentionMaps,
     CrossEntropy,
     DistillTrainer,
+    Ensemble,
     HiddenStates,
     Local,
     Logits,
     Remote,
+    Routed,
     Taid,
     decoupled,
     jsd,
@@ -245,6 +248,11 @@ class TestOpen:
         assert source.told[0].endswith("; it does not cut texts, so its tokenizer is not checked")
         source.close()
 
+    def test_what_is_put_aside_is_told(self, remote: Remote) -> None:
+        source = remote.cut(120).open(LOGITS, CPU)
+        assert "; the last 8 of its 128 tokens, which the student does not have" in source.told[0]
+        source.close()
+
     def test_more_tokens_than_there_are(self, remote: Remote) -> None:
         with pytest.raises(
             InputError, match=r"top_k is 200 and .* has 128 tokens; write top_k: 128"
@@ -379,6 +387,42 @@ class TestTraining:
             made.train()
             ends.append(weights(made))
         assert (ends[0] - ends[1]).abs().max() < 1e-6
+
+    @pytest.mark.parametrize("role", ["alone", "member", "expert"])
+    def test_a_student_without_the_padding(
+        self, tmp_path: Path, server: TeacherServer, role: str
+    ) -> None:
+        """As `Local`, which is cut: the student has 120 of the teacher's 128 tokens."""
+        words = tiny.tokenizer(120)
+        server.tokenizer, server.most = words, 128
+        tiny.llama("teacher").config.save_pretrained(tmp_path)
+        words.save_pretrained(tmp_path)
+        ids = [[min(token, 119) for token in row["input_ids"]] for row in tiny.rows(24)]
+        data = datasets.Dataset.from_list(
+            [{"input_ids": i, "labels": i, "by": "ab"[k % 2]} for k, i in enumerate(ids)]
+        )
+
+        def end(teacher: Any) -> torch.Tensor:
+            args = tiny.arguments(tmp_path / "out", learning_rate=0.1)
+            student = tiny.llama("student", vocabulary=120)
+            given = {"train_dataset": data, "processing_class": words}
+            made = DistillTrainer(student, teacher, [Logits()], args, **given)
+            made.train()
+            return weights(made)
+
+        def several(teacher: Any) -> Any:
+            if role == "alone":
+                return teacher
+            if role == "member":
+                return Ensemble([teacher, teacher])
+            return Routed({"a": teacher, "b": teacher}, by="by")
+
+        whole = end(several(Remote(server.url, "teacher", 128, str(tmp_path))))
+        near = end(Local(tiny.llama("teacher"), tokenizer=words))
+        assert (whole - near).abs().max() < 1e-6
+        few = Remote(server.url, "teacher", K, str(tmp_path))
+        assert end(several(few)).isfinite().all()
+        assert few.common is None  # the user's own stays as it was
 
     def test_a_server_that_dies_is_told_and_nothing_hangs(
         self, tmp_path: Path, remote: Remote, server: TeacherServer

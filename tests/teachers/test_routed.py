@@ -187,8 +187,14 @@ class TestSignals:
         assert isinstance(alone, TopK)
         assert torch.equal(said.log_probs[order], alone.log_probs)
         other = RoutedSource(routed(), [Top(0.0, 2), Top(1.0, 3)])  # type: ignore[list-item]
-        with pytest.raises(ValueError, match="combines whole distributions"):
-            other(given)
+        narrow = other(given).logits  # as many as the narrowest tells, the rest in the tails
+        assert isinstance(narrow, TopK)
+        assert torch.equal(narrow.ids[order], alone.ids)
+        whole = Top(1.0, 3)(given.only([1, 2, 4])).logits
+        assert isinstance(whole, TopK)
+        assert torch.equal(narrow.ids[~order], whole.ids[:, :2])
+        tail = whole.tail.exp() + whole.log_probs[:, 2].exp()
+        torch.testing.assert_close(narrow.tail[~order].exp(), tail)
 
     def test_only_what_experts_share(self) -> None:
         apart = Routed({"a": tiny.llama("teacher"), "b": tiny.gpt2()}, by="kind")
