@@ -172,7 +172,7 @@ class Remote:
         """A line to the server.
 
         Raises:
-            InputError: If the key is named and not there.
+            InputError: If the key is named and not there, or cannot be sent.
         """
         return Client(self.url, key=self._key(), timeout=self.timeout, concurrency=self.concurrency)
 
@@ -208,11 +208,17 @@ class Remote:
         there = urlsplit(self.url)
         if self.key_from is None and there.scheme != "https" and there.hostname not in LOOPBACK:
             return None
-        key = os.environ.get(self.key_from or DEFAULT_KEY, "").strip()
+        name = self.key_from or DEFAULT_KEY
+        key = os.environ.get(name, "").strip()
         if self.key_from is not None and not key:
             raise InputError(
                 f"Remote: key_from: the environment has no {self.key_from}; set it, or leave "
                 "key_from out"
+            )
+        if not (key.isascii() and key.isprintable()):  # and not repeated
+            raise InputError(
+                f"Remote: the key in {name} has characters that no request can carry, such as a "
+                "line break inside it; set it to one key, of plain ASCII on one line"
             )
         return key or None
 

@@ -213,6 +213,32 @@ class TestKeys:
         monkeypatch.setenv("OPENAI_API_KEY", SECRET)
         assert Remote(url, "m", key_from=named)._key() == expected
 
+    @pytest.mark.parametrize("inside", ["\n", "\r", "\t", "\x7f", "ü", "\u2028"])
+    @pytest.mark.parametrize("named", [None, "MY_KEY"])
+    def test_one_that_no_request_can_carry(
+        self,
+        remote: Remote,
+        server: TeacherServer,
+        monkeypatch: pytest.MonkeyPatch,
+        inside: str,
+        named: str | None,
+    ) -> None:
+        monkeypatch.setenv(named or "OPENAI_API_KEY", f"sk-first{inside}{SECRET}")
+        message = f"the key in {named or 'OPENAI_API_KEY'} has characters that no request can"
+        with pytest.raises(InputError, match=message) as raised:
+            replace(remote, key_from=named).check(LOGITS, CPU)
+        assert "sk-" not in str(raised.value)
+        assert server.received == []
+
+    def test_a_line_break_after_it_is_none_of_it(
+        self, remote: Remote, server: TeacherServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As files of secrets end."""
+        server.key = SECRET
+        monkeypatch.setenv("OPENAI_API_KEY", f"{SECRET}\n")
+        remote.open(LOGITS, CPU).close()
+        assert self.sent(server) == {SECRET}
+
     def test_a_wrong_one_is_not_repeated(
         self, remote: Remote, server: TeacherServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
