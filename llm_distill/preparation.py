@@ -152,7 +152,7 @@ def prepare_run(
     """
     spec = teacher if isinstance(teacher, Itself | Teacher) else Local(teacher)
     check_arguments(args, kwargs, spread=has_device_map(spec))
-    master = teacher_for(model, spec, adapted=adapter is not None)
+    master = teacher_for(model, spec, adapter)
     student = student_spec(model, master.config)
     master = cut(master, min(student.vocabulary, master.spec.vocabulary))
     given, objectives = objectives, hints.ready(objectives, student, master)

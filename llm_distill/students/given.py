@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import (
@@ -70,13 +69,13 @@ def student_spec(student: Student, teacher: PreTrainedConfig) -> ModelSpec:
     return spec.spec if fits else replace(spec.spec, blocks=None)
 
 
-def teacher_for(student: Student, teacher: Teacher, *, adapted: bool = False) -> Teacher:
+def teacher_for(student: Student, teacher: Teacher, adapter: PeftConfig | None = None) -> Teacher:
     """The teacher, of this student where it is the student itself.
 
     Args:
         student: As it was given.
         teacher: As it was given.
-        adapted: Whether the student gets adapters.
+        adapter: What the student gets.
 
     Raises:
         InputError: For a student that is made for a teacher, one that this cannot be made of, or
@@ -96,7 +95,7 @@ def teacher_for(student: Student, teacher: Teacher, *, adapted: bool = False) ->
         )
     own = as_local(student)
     made = teacher.of(own)
-    made.check_student(adapted=adapted or isinstance(own.model, PeftModel))
+    made.check_student(adapter)
     return made
 
 
