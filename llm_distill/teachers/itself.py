@@ -226,6 +226,19 @@ class DeepToShallow(Itself):
     Source: Zhang et al. 2019 (Be Your Own Teacher), arXiv 1905.08094.
     """
 
+    def check_student(self, adapter: PeftConfig | None) -> None:
+        """Refuse a student that has no layer below another.
+
+        Raises:
+            InputError: Saying what to write.
+        """
+        del adapter
+        if self.spec.depth < 2:
+            raise InputError(
+                f"{self.spec.name}: the student has one block, and none below it to teach; take a "
+                "deeper one, or another teacher"
+            )
+
     def check(self, request: Request, device: torch.device) -> None:
         """Refuse attention.
 

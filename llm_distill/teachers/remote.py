@@ -229,13 +229,18 @@ def _root(url: str) -> str:
     Raises:
         InputError: If it is none, or if it holds a secret, which is not repeated.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except (AttributeError, ValueError):  # not repeated: nobody knows what is in it
+        raise InputError("Remote: the url cannot be read; write http://host:8000") from None
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise InputError(
             "Remote: the url holds more than a host and a path, perhaps a secret; write "
             "http://host:8000, put the key into the environment, and its name into key_from"
         )
-    if parts.scheme not in ("http", "https") or not parts.hostname or not _has_port(parts):
+    spaced = any(char.isspace() or not char.isprintable() for char in url)
+    known = parts.scheme in ("http", "https") and parts.hostname and _has_port(parts)
+    if spaced or not known:
         raise InputError(f"Remote: url is {url!r}; write http://host:8000")
     return url.rstrip("/").removesuffix("/v1")
 

@@ -46,8 +46,8 @@ class Routed(Composite):
     it on every batch, since each forward is a collective call.
 
     Attributes:
-        experts: Teachers of any kind by the names that the column gives them; an id, a path or a
-            loaded model is a `Local`.
+        experts: Teachers that are not the student itself, by the names that the column gives them;
+            an id, a path or a loaded model is a `Local`.
         by: The column of the data with the name of each example's expert; it is kept beside the
             tokens, and never reaches a model.
         turns: Keep experts in the memory of the CPU, each on the device only while it is asked.
@@ -68,6 +68,12 @@ class Routed(Composite):
             )
         if not (isinstance(self.by, str) and self.by):
             raise InputError(f"Routed: by is {self.by!r}; write the column that names the experts")
+        if len(self.experts) < 2:
+            there = ", ".join(map(str, self.experts)) or "none"
+            raise InputError(
+                f"Routed: experts are {there}; write two or more by the names that the column "
+                "gives: experts: {code: a/model, prose: another/model}"
+            )
         teachers = as_teachers("Routed", list(self.experts.values()))
         named = dict(zip(map(str, self.experts), teachers, strict=True))
         object.__setattr__(self, "experts", named)

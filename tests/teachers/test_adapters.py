@@ -19,7 +19,8 @@ Q = ["q_proj", "v_proj"]
 
 
 def lora(**changes: Any) -> LoraConfig:
-    return LoraConfig(**{"r": 4, "target_modules": Q} | changes)
+    given: dict[str, Any] = {"r": 4, "target_modules": Q, **changes}
+    return LoraConfig(**given)
 
 
 def adapted(config: Any, student: PreTrainedModel | None = None) -> PeftModel:
@@ -122,7 +123,7 @@ def test_a_base_that_is_not_frozen(tmp_path: Path, part: str) -> None:
     student = adapted(lora())
     for path, parameter in student.named_parameters():
         if part in path and "lora" not in path:
-            parameter.requires_grad_(requires_grad=True)
+            parameter.requires_grad = True
     with pytest.raises(InputError, match=rf"the student trains [\w.]*{part}[\w.]* of its base"):
         trainer(tmp_path, student)
 
@@ -130,9 +131,9 @@ def test_a_base_that_is_not_frozen(tmp_path: Path, part: str) -> None:
 def test_a_module_that_is_trained_as_a_copy_and_as_itself() -> None:
     student = adapted(lora(modules_to_save=["lm_head"]))
     refuse_unfrozen(student, "T")
-    head: Any = student.get_base_model().lm_head
-    head.original_module.weight.requires_grad_(requires_grad=True)
-    student.get_base_model().model.norm.weight.requires_grad_(requires_grad=True)
+    base: Any = student.get_base_model()
+    base.lm_head.original_module.weight.requires_grad = True
+    base.model.norm.weight.requires_grad = True
     with pytest.raises(InputError, match=r"norm\.weight and 1 more of its base model"):
         refuse_unfrozen(student, "T")
 

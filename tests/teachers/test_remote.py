@@ -8,7 +8,12 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from transformers import DataCollatorWithFlattening, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    DataCollatorWithFlattening,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from llm_distill import (
     AttentionMaps,
@@ -133,6 +138,12 @@ class TestSpec:
             ({"url": "ftp://h"}, "url is 'ftp://h'"),
             ({"url": f"http://me:{SECRET}@h"}, "the url holds more than a host and a path"),
             ({"url": f"http://h/v1?api_key={SECRET}"}, "put the key into the environment"),
+            ({"url": f"http://[::1{SECRET}"}, "the url cannot be read; write http://host:8000"),
+            ({"url": 3}, "the url cannot be read; write http://host:8000"),
+            ({"url": "http://ex ample:80"}, "url is 'http://ex ample:80'; write http://host:8000"),
+            ({"url": "http://h:80 "}, "url is 'http://h:80 '"),
+            ({"url": "http://h/a b"}, "url is 'http://h/a b'"),
+            ({"url": "http://h\n:80"}, r"url is 'http://h\\n:80'"),
             ({"top_k": 0}, "top_k is 0; write a number from 1 on"),
             ({"top_k": 2.5}, r"top_k is 2\.5"),
             ({"concurrency": True}, "concurrency is True"),
@@ -340,6 +351,39 @@ class TestTraining:
         one, other = far.evaluate(), near.evaluate()
         assert one["eval_kl"] == pytest.approx(other["eval_kl"], abs=1e-6)
         assert {key for key in one if "teacher" in key or "agreement" in key} == set()
+
+    @pytest.mark.parametrize("name", list(OBJECTIVES))
+    @pytest.mark.parametrize("role", ["members", "experts"])
+    def test_two_of_them_as_members_and_as_experts(
+        self, tmp_path: Path, remote: Remote, of: str, role: str, name: str
+    ) -> None:
+        """As the same targets made here, under every kind of objective."""
+        other = tiny.sharpened(LlamaForCausalLM, tiny.llama("teacher").config, seed=5)
+
+        def several(one: Any, two: Any) -> Any:
+            if role == "members":
+                return Ensemble([one, two], [2, 1])
+            return Routed({"a": one, "b": two}, by="kind")
+
+        def end(teacher: Any) -> DistillTrainer:
+            rows = tiny.rows(24, empty=(1, 9))
+            rows = rows.add_column("kind", ["ab"[k % 3 // 2] for k in range(24)])
+            args = tiny.arguments(tmp_path, learning_rate=0.1)
+            data: dict[str, Any] = {"train_dataset": rows, "eval_dataset": rows}
+            made = DistillTrainer(tiny.llama("student"), teacher, OBJECTIVES[name](), args, **data)
+            made.train()
+            return made
+
+        with TeacherServer(other, tiny.tokenizer(), longest=64, owner="sglang") as second:
+            far = end(several(remote, Remote(second.url, "teacher", K, of)))
+            asked = second.asked("/generate")
+            far_kl = far.evaluate()["eval_kl"]
+        near = end(several(Sparse(tiny.llama("teacher")), Sparse(other)))
+        assert len(asked) > 3  # more than at the start
+        assert (weights(far) - weights(near)).abs().max() < 1e-6
+        assert far_kl == pytest.approx(near.evaluate()["eval_kl"], abs=1e-5)
+        alone = end(remote)
+        assert (weights(far) - weights(alone)).abs().max() > 1e-4
 
     def test_whole_rows_are_the_whole_divergence(
         self, tmp_path: Path, remote: Remote, server: TeacherServer, teacher: PreTrainedModel

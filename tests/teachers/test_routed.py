@@ -72,7 +72,8 @@ class TestSpec:
         ("experts", "by", "message"),
         [
             (["a/b", "c/d"], "kind", "experts are teachers by their names; write experts"),
-            ({"a": "a/b"}, "kind", "are no several teachers; give a list of two or more"),
+            ({"a": "a/b"}, "kind", "experts are a; write two or more by the names that the column"),
+            ({}, "kind", r"experts are none; write two or more .*: \{code: a/model, prose: "),
             ({"a": "a/b", "b": "c/d"}, "", "by is ''; write the column that names the experts"),
         ],
     )
@@ -247,7 +248,7 @@ class TestTraining:
         assert all(torch.equal(ends[0][k], kept[k]) for k in kept)
 
     def test_an_ensemble_of_experts_keeps_the_temperature(self, tmp_path: Path) -> None:
-        """Any kind may be an expert, and a `Routed` a member."""
+        """Several may be an expert, and a `Routed` a member."""
         a, b = twins()
         inner = Ensemble([a, b])
         made: list[Any] = [Routed({"a": inner, "b": inner}, by="kind"), Ensemble([inner, inner])]
