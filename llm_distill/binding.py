@@ -125,14 +125,15 @@ def _check_depth(terms: Mapping[str, Term]) -> None:
         InputError: Naming the term, and what to write.
     """
     for name, term in terms.items():
-        rows = () if term.mapping is None else term.mapping.rows
+        found = term.mapping
+        rows, depth = ((), 0) if found is None else (found.rows, found.teacher_depth)
         for row in rows:
             if any(layer <= row.student for layer, _ in row.teacher):
+                below = min(row.student, depth - 1)
                 raise InputError(
                     f"{name}: layer {row.student} of the student would learn from its own layer "
                     f"{min(row.layers)}, and DeepToShallow teaches from deeper ones; write "
-                    f"layers: {{explicit: {{pairs: [[{row.student}, {row.student + 1}]]}}}}, or "
-                    "deeper"
+                    f"layers: {{explicit: {{pairs: [[{below}, {below + 1}]]}}}}, or deeper"
                 )
         if isinstance(term, HeadTerm) and term.teacher.logits and term.exit is None:
             raise InputError(

@@ -73,6 +73,19 @@ def example_key(tokens: np.ndarray, supervised: np.ndarray) -> bytes:
     return digest.digest()
 
 
+def begins(real: np.ndarray, position_ids: Tensor | None) -> list[list[int]]:
+    """Where examples begin among the real tokens of each sequence: `[B, T] x2`.
+
+    >>> begins(np.ones((1, 5), bool), torch.tensor([[0, 1, 2, 0, 1]]))
+    [[0, 3]]
+    """
+    if position_ids is None:
+        return [[0] for _ in real]
+    places = position_ids.expand(torch.Size(real.shape)).numpy()
+    starts = (np.flatnonzero(own[keep][1:] == 0) for own, keep in zip(places, real, strict=True))
+    return [[0, *(found + 1).tolist()] for found in starts]
+
+
 def name_examples(
     input_ids: Tensor,
     attention_mask: Tensor | None,
@@ -92,12 +105,8 @@ def name_examples(
     supervised = np.zeros(ids.shape, bool)
     supervised[rows[0].numpy(), rows[1].numpy()] = True
     keys, counts, lengths, per_sequence = [], [], [], []
-    for k in range(len(ids)):
+    for k, starts in enumerate(begins(real, position_ids)):
         tokens, marks = ids[k, real[k]], supervised[k, real[k]]
-        starts = [0]
-        if position_ids is not None:
-            places = position_ids.expand(torch.Size(ids.shape))[k].numpy()[real[k]]
-            starts = [0, *(np.flatnonzero(places[1:] == 0) + 1)]
         for start, end in pairwise([*starts, len(tokens)]):
             marked = np.flatnonzero(marks[start:end])
             keys.append(example_key(tokens[start:end], marked))

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from llm_distill import binding, hints, mapping, recall
 from llm_distill.arguments import (
     check_arguments,
@@ -17,7 +15,6 @@ from llm_distill.arguments import (
     idle_gates,
 )
 from llm_distill.binding import make_batch
-from llm_distill.capture import plain
 from llm_distill.collation import RowCollator, first_batch
 from llm_distill.data import Collator, Prepared
 from llm_distill.data.given import first_of, tokenised
@@ -39,8 +36,8 @@ from llm_distill.teachers import (
     Local,
     Teacher,
     columns_of,
+    cut,
     has_device_map,
-    leaves,
 )
 from llm_distill.vocabulary import Tokenizers, check_alignment, settle_tokenizers
 
@@ -155,10 +152,9 @@ def prepare_run(
     """
     spec = teacher if isinstance(teacher, Itself | Teacher) else Local(teacher)
     check_arguments(args, kwargs, spread=has_device_map(spec))
-    master = teacher_for(model, spec, adapted=adapter is not None)
-    if _weights(model) is not None and any(_weights(model) is _weights(t) for t in leaves(master)):
-        raise InputError("model and teacher are one object; give the teacher a copy of its own")
+    master = teacher_for(model, spec, adapter)
     student = student_spec(model, master.config)
+    master = cut(master, min(student.vocabulary, master.spec.vocabulary))
     given, objectives = objectives, hints.ready(objectives, student, master)
     terms = binding.bind(objectives, student, master.spec, seed=args.seed)
     binding.check_itself(master, objectives, terms)
@@ -240,12 +236,6 @@ def _told(
         blocks = ", ".join(map(str, student.blocks))
         said.append(f"student: blocks {blocks} of the {teacher.spec.depth} of {teacher.spec.name}")
     return (*said, *mapping.told_fading(given, objectives))
-
-
-def _weights(model: object) -> nn.Module | None:
-    """The loaded model behind a student or a teacher, adapters taken off."""
-    inner = model.model if isinstance(model, Local) else model
-    return plain(inner) if isinstance(inner, nn.Module) else None
 
 
 def readable(

@@ -61,7 +61,8 @@ class TeacherServer:
         longest: `--max-model-len`.
         owner: What it calls itself.
         key: Asked for, where there is one.
-        forms: What the answer is changed by: `raw` logits, `few` tokens, `none`, `other` tokens.
+        forms: What the answer is changed by: `raw` logits, `low` ones (far below 0), `few` tokens,
+            `none`, `other` tokens.
         received: All requests so far.
     """
 
@@ -201,6 +202,8 @@ class TeacherServer:
         """Log-probabilities: `[T, V]`."""
         with self._lock, torch.no_grad():
             logits: torch.Tensor = self.network(input_ids=torch.tensor([prompt])).logits[0].float()
+        if "low" in self.forms:
+            return logits - 35.0  # of the size that GPT-2's have
         return logits if "raw" in self.forms else logits.log_softmax(-1)
 
     def _check_length(self, length: int) -> None:

@@ -7,7 +7,7 @@ from transformers import DataCollatorWithFlattening
 
 from llm_distill.collation import RowCollator
 from llm_distill.data import Collator
-from llm_distill.keys import KEY_BYTES, Examples, example_key
+from llm_distill.keys import KEY_BYTES, Examples, begins, example_key
 from tests import tiny
 
 EXAMPLES = [tiny.rows()[k] for k in range(6)]
@@ -92,3 +92,11 @@ def test_those_of_some_sequences() -> None:
     assert every.only([1]) == Examples((b"b", b"c"), (2, 3), (2,), (6, 7))
     assert every.only([0, 2]) == Examples((b"a", b"d"), (1, 4), (1, 1), (5, 8))
     assert every.first(1).only([0, 2]) == Examples((b"a",), (1,), (1,), (5,))
+
+
+def test_where_examples_begin() -> None:
+    real = np.array([[True] * 4, [False, False, True, True]])
+    places = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 1]])  # padding on the left counts from 0 too
+    assert begins(real, places) == [[0, 2], [0]]
+    assert begins(real, places[:1]) == [[0, 2], [0]]  # one row for all
+    assert begins(real, None) == [[0], [0]]

@@ -71,7 +71,8 @@ def plan(recipe: Recipe, args: TrainingArguments, *, here: bool = True) -> Plan:
     check_arguments(args, {}, spread=has_device_map(recipe.teacher))
     _check_evaluation(recipe, args)
     _check_files(recipe)
-    master = teacher_for(recipe.student, recipe.teacher, adapted=recipe.peft is not None)
+    # What kind of model it is for makes no difference here, and is not known yet.
+    master = teacher_for(recipe.student, recipe.teacher, recipe.adapter(causal=True))
     student = student_spec(recipe.student, master.config)
     teacher = master.spec
     objectives = hints.ready(recipe.objectives, student, master)
@@ -96,9 +97,9 @@ def plan(recipe: Recipe, args: TrainingArguments, *, here: bool = True) -> Plan:
     compared = recipe.data.eval is not None and tokenizers.theirs is None
     request = binding.opening_request(objectives, terms, (student, teacher), compared=compared)
     if here or not asks_for_a_launch(recipe.teacher):
-        recipe.teacher.check(request, args.device)
-    elif isinstance(recipe.teacher, Composite):
-        recipe.teacher.check_together(request)
+        master.check(request, args.device)
+    elif isinstance(master, Composite):
+        master.check_together(request)
     return Plan(student, teacher, objectives, terms, balance, tokenizers, causal)
 
 

@@ -86,7 +86,9 @@ def tokenised(
     if "position_ids" in _columns(dataset):
         raise InputError(
             f"{name} has position_ids, as packed sequences do, which the default collator does not "
-            "pad; give data_collator=DataCollatorWithFlattening(), or another of your own"
+            "keep; where all rows are of one length, give "
+            "data_collator=transformers.default_data_collator; else give one example in each row, "
+            "without position_ids, and data_collator=DataCollatorWithFlattening(), which packs them"
         )
     known = cast("PreTrainedTokenizerBase", tokenizer)  # not read for rows that are tokens already
     seen[name] = prepare(

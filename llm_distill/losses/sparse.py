@@ -112,6 +112,13 @@ class TopK:
         """Some of the rows; nothing is copied."""
         return TopK(self.ids[part], self.log_probs[part], self.tail[part])
 
+    def first(self, k: int) -> TopK:
+        """The first k tokens of each row; the others are of the tail."""
+        if k >= self.ids.shape[1]:
+            return self
+        more = torch.cat([self.log_probs[:, k:], self.tail.unsqueeze(-1)], -1)
+        return TopK(self.ids[:, :k], self.log_probs[:, :k], more.logsumexp(-1))
+
     def to(self, device: torch.device | str) -> TopK:
         """The same on a device."""
         return TopK(self.ids.to(device), self.log_probs.to(device), self.tail.to(device))

@@ -37,6 +37,11 @@ class CrossEntropy(Objective):
 
     exit: int | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work."""
+        super().__post_init__()
+        _check_exit("CrossEntropy", self.exit)
+
     def build(
         self, student: ModelSpec, teacher: ModelSpec, evidence: Evidence | None = None
     ) -> HeadTerm:
@@ -91,6 +96,7 @@ class Logits(Objective):
             )
         if not (self.target is None or isinstance(self.target, Taid)):
             raise ValueError(f"Logits: target is {self.target!r}; write Taid(), or leave it out")
+        _check_exit("Logits", self.exit)
         check_choice("Logits: scaling", self.scaling, ("none", "T", "T2"))
         labels = {"labels": torch.tensor([0, 1])} if takes_labels(self.loss) else {}
         check_row_function(self.loss, (2, 3), "Logits", **labels)
@@ -119,6 +125,19 @@ class Logits(Objective):
         if self.exit is not None:
             told.append(f"exit {self.exit}")
         return ", ".join(told)
+
+
+def _check_exit(owner: str, layer: object) -> None:
+    """Refuse what is no number of a layer.
+
+    Raises:
+        ValueError: Saying what to write.
+    """
+    if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int)):
+        raise ValueError(
+            f"{owner}: exit is {layer!r}; write the number of one of the student's layers, 1 the "
+            "first block, or leave it out for the last"
+        )
 
 
 def at_exit(term: HeadTerm, layer: int | None, student: ModelSpec) -> HeadTerm:

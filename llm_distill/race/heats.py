@@ -28,7 +28,7 @@ from llm_distill.teachers.forms import form_of
 from llm_distill.teachers.members import Composite
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import nn
     from transformers import TrainingArguments
@@ -70,6 +70,11 @@ class Opened(Composite):
     def spec(self) -> ModelSpec:
         """Of its model."""
         return self.teacher.spec
+
+    def of(self, teachers: Sequence[Teacher]) -> Opened:
+        """The same: it is at work, and knows all that it has to."""
+        del teachers
+        return self
 
     def check_together(self, request: Request) -> None:
         """Nothing to refuse: it is at work."""

@@ -62,7 +62,7 @@ def convert(value: Any, hint: Any, place: Place, make: Make) -> Any:  # noqa: AN
     Raises:
         InputError: If the value is of another type.
     """
-    hint = _chosen(value, hint)
+    hint = _chosen(value, hint, getattr(make, "makers", ()))
     kind = kind_of(hint)
     if kind in ("any", "null"):
         if kind == "null" and value is not None:
@@ -125,10 +125,16 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
     return f"; did you mean {by_lower[near[0]]!r}?" if near else ""
 
 
-def _chosen(value: Any, hint: Any) -> Any:  # noqa: ANN401  any type
-    """The member of a union that a value is meant for; the union itself where none fits."""
+def _chosen(value: Any, hint: Any, made: Collection[Any]) -> Any:  # noqa: ANN401  any type
+    """The member of a union that a value is meant for; the union itself where none fits.
+
+    Text may name one that has a maker of its own, which knows names from other text.
+    """
     if kind_of(hint) != "union":
         return hint
+    own = [member for member in get_args(hint) if member in made]
+    if own and isinstance(value, str):
+        return own[0]
     members = {kind_of(member): member for member in reversed(get_args(hint))}
     fitting = [kind for kind in _preferred(value) if kind in members]
     return members[fitting[0]] if fitting else hint

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import (
@@ -70,20 +69,24 @@ def student_spec(student: Student, teacher: PreTrainedConfig) -> ModelSpec:
     return spec.spec if fits else replace(spec.spec, blocks=None)
 
 
-def teacher_for(student: Student, teacher: Teacher, *, adapted: bool = False) -> Teacher:
+def teacher_for(student: Student, teacher: Teacher, adapter: PeftConfig | None = None) -> Teacher:
     """The teacher, of this student where it is the student itself.
 
     Args:
         student: As it was given.
         teacher: As it was given.
-        adapted: Whether the student gets adapters.
+        adapter: What the student gets.
 
     Raises:
-        InputError: For a student that is made for a teacher, or one that this cannot be made of.
+        InputError: For a student that is made for a teacher, one that this cannot be made of, or
+            that is the teacher's very object.
     """
     if isinstance(student, FromTeacher) and not isinstance(teacher, Itself):
         student.check_teacher(teacher)
     if not isinstance(teacher, Itself):
+        loaded = _weights(student)
+        if loaded is not None and any(loaded is _weights(leaf) for leaf in leaves(teacher)):
+            raise InputError("model and teacher are one object; give the teacher a copy of its own")
         return teacher
     if isinstance(student, Made):
         raise InputError(
@@ -92,8 +95,14 @@ def teacher_for(student: Student, teacher: Teacher, *, adapted: bool = False) ->
         )
     own = as_local(student)
     made = teacher.of(own)
-    made.check_student(adapted=adapted or isinstance(own.model, PeftModel))
+    made.check_student(adapter)
     return made
+
+
+def _weights(model: object) -> nn.Module | None:
+    """The loaded model behind a student or a teacher, adapters taken off."""
+    inner = model.model if isinstance(model, Local) else model
+    return plain(inner) if isinstance(inner, nn.Module) else None
 
 
 def both_causal(model: Student, teacher: Teacher) -> bool:

@@ -3,6 +3,7 @@
 from llm_distill.teachers.base import Source, Teacher
 from llm_distill.teachers.cached import Cached
 from llm_distill.teachers.ensemble import Ensemble
+from llm_distill.teachers.forms import cut
 from llm_distill.teachers.itself import AdapterOff, BornAgain, DeepToShallow, Ema, Itself
 from llm_distill.teachers.local import Local
 from llm_distill.teachers.members import has_device_map, leaves
@@ -25,6 +26,7 @@ __all__ = [
     "Teacher",
     "Within",
     "columns_of",
+    "cut",
     "has_device_map",
     "leaves",
     "routers",

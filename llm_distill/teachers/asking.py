@@ -6,11 +6,13 @@ import logging
 import time
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 
 from llm_distill.errors import InputError, ServerError
+from llm_distill.keys import begins
 from llm_distill.losses.sparse import TopK
 from llm_distill.signals import Request, Signals
 from llm_distill.teachers.client import begin, gather
@@ -50,6 +52,7 @@ class Manner:
         concurrency: Requests that a batch is shared out among.
         patience: Seconds in which a request is tried again.
         compared: Whether its tokenizer was found to be the one it should have.
+        common: Of its tokens, how many the student has; None: all.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Manner:
     concurrency: int
     patience: float
     compared: bool = True
+    common: int | None = None
 
 
 class FirstBatches:
@@ -128,9 +132,13 @@ class RemoteSource:
         unsure = (
             "" if manner.compared else "; it does not cut texts, so its tokenizer is not checked"
         )
+        aside = ""
+        if manner.common is not None and manner.common < manner.vocabulary:
+            aside = f"; the last {manner.vocabulary - manner.common} of its "
+            aside += f"{manner.vocabulary:,} tokens, which the student does not have, put aside"
         self.told = (
             f"teacher {manner.name}: the {manner.top_k} likeliest tokens of each row, from "
-            f"{manner.served.dialect.name} at {client.url}{unsure}",
+            f"{manner.served.dialect.name} at {client.url}{unsure}{aside}",
         )
         self._client: Client | None = client
         self._ahead: dict[int, tuple[Batch, list[Future[TopK]]]] = {}
@@ -176,7 +184,7 @@ class RemoteSource:
         return self._client
 
     def _begin(self, batch: Batch) -> list[Future[TopK]]:
-        """Ask about all sequences of a batch at the same time."""
+        """Ask about all examples of a batch at the same time."""
         client, asked = self._line(), asked_of(batch)
         self._check_length(asked, client)
         groups = shared_out(asked, self._manner.concurrency)
@@ -189,7 +197,7 @@ class RemoteSource:
         answer = client.ask(dialect.path, body, patience=manner.patience)
         try:
             rows = [row for told in read(dialect, answer, group) for row in told]
-            return top_k(rows, manner.top_k, manner.vocabulary)
+            return top_k(rows, manner.top_k, manner.vocabulary, manner.common)
         except ValueError as error:
             where = f"{client.url}{dialect.path}"
             raise ServerError(f"{where}: the answer is of no use: {error}") from error
@@ -207,27 +215,32 @@ class RemoteSource:
 
 
 def asked_of(batch: Batch) -> list[Asked]:
-    """The sequences with supervised rows, in their order.
+    """The examples with supervised rows, in the order of the rows.
 
-    Padding is left out, and so are the tokens after the last supervised one.
+    Padding is left out, and so are the tokens after the last supervised one. An example of a pack
+    is asked about alone: a server reads a prompt from its first token on.
     """
-    ids = batch.inputs["input_ids"].cpu()
-    mask = batch.inputs.get("attention_mask")
+    ids, mask = batch.inputs["input_ids"].cpu(), batch.inputs.get("attention_mask")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu() != 0
+    places = batch.inputs.get("position_ids")
+    starts = begins(real.numpy(), None if places is None else places.cpu())
     rows = batch.supervised
     asked = []
     for sequence, padded in enumerate(rows.host_position.split(list(rows.per_sequence))):
-        if len(padded):
-            places = (real[sequence].cumsum(0) - 1)[padded].tolist()
-            tokens = ids[sequence][real[sequence]][: places[-1] + 2].tolist()
-            asked.append(Asked(tokens, places))
+        tokens = ids[sequence][real[sequence]].tolist()
+        supervised = (real[sequence].cumsum(0) - 1)[padded]
+        for start, end in pairwise([*starts[sequence], len(tokens)]):
+            own = (supervised[(supervised >= start) & (supervised < end)] - start).tolist()
+            if own:  # the token after the last place may be the next example's: it only follows
+                asked.append(Asked(tokens[start : start + own[-1] + 2], own))
     return asked
 
 
 def joined(parts: Sequence[TopK], k: int) -> TopK:
-    """Rows of several requests, one after the other."""
+    """Rows of several requests, one after the other, with as many tokens as the narrowest has."""
     if not parts:
         return TopK(torch.zeros(0, k, dtype=torch.int64), torch.zeros(0, k), torch.zeros(0))
+    parts = [part.first(min(part.ids.shape[1] for part in parts)) for part in parts]
     return TopK(
         torch.cat([part.ids for part in parts]),
         torch.cat([part.log_probs for part in parts]),

@@ -142,7 +142,10 @@ class Client:
         except httpx2.TimeoutException as error:
             raise _PassingError(f"no answer within {timeout:g} s") from error
         except httpx2.RequestError as error:
-            raise _PassingError(f"{type(error).__name__}: {error}") from error
+            said = f"{type(error).__name__}: {self._masked(str(error))}"
+            # An error about what was sent quotes it, in a traceback too.
+            quotes = isinstance(error, httpx2.LocalProtocolError)
+            raise _PassingError(said) from (None if quotes else error)
         try:
             return json.loads(content)
         except ValueError as error:
@@ -185,10 +188,14 @@ class Client:
         text = content[:4096].decode("utf-8", "replace")
         with contextlib.suppress(ValueError):
             text = _message(json.loads(content))
-        if self._key:
-            text = text.replace(self._key, "[key]")
-        text = " ".join(text.split())
+        text = " ".join(self._masked(text).split())
         return text[:300] or "(nothing)"
+
+    def _masked(self, text: str) -> str:
+        """A text without the key, as it is or as Python shows it."""
+        if not self._key:
+            return text
+        return text.replace(self._key, "[key]").replace(repr(self._key)[1:-1], "[key]")
 
     def _pause(self, tries: int) -> float:
         """Seconds before the next try: they double, and no two clients wait alike."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any, get_args
 
 from transformers import PreTrainedModel
@@ -40,7 +41,8 @@ class Ensemble(Composite):
     each with a map of its own.
 
     Attributes:
-        members: Teachers of any kind; an id, a path or a loaded model is a `Local`.
+        members: Teachers of any kind that is not the student itself; an id, a path or a loaded
+            model is a `Local`.
         weights: Of the members, scaled to sum to 1; by default all alike.
         mode: `mixture`, the mean of the probabilities, whose forward KL has the gradient of the
             weighted sum of the members' KLs; or `logit_mean`, the mean of the logits, which keeps
@@ -84,11 +86,16 @@ class Ensemble(Composite):
         """The members, as specs."""
         return as_teachers("Ensemble", self.members)
 
+    def of(self, teachers: Sequence[Teacher]) -> Ensemble:
+        """The same of other members."""
+        return replace(self, members=tuple(teachers))
+
     @property
     def shares(self) -> tuple[float, ...]:
         """The weights, which sum to 1."""
         given = self.weights if self.weights is not None else [1.0] * len(self.members)
-        return tuple(weight / math.fsum(given) for weight in given)
+        scaled = [weight / max(given) for weight in given]  # else the sum may be no number
+        return tuple(weight / math.fsum(scaled) for weight in scaled)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -246,9 +253,18 @@ def _checked(weights: Sequence[float], members: int) -> tuple[float, ...]:
     """Weights that fit the members.
 
     Raises:
-        InputError: For another number of them, one that is negative, or none above 0.
+        InputError: For no list of numbers, another number of them, one that is negative, or none
+            above 0.
     """
-    given = tuple(float(weight) for weight in weights)
+    listed = isinstance(weights, Sequence) and not isinstance(weights, str)
+    if not listed or not all(isinstance(w, Real) and not isinstance(w, bool) for w in weights):
+        raise InputError(
+            f"Ensemble: weights are {weights!r}; write a list of numbers, one for each member"
+        )
+    try:
+        given = tuple(float(weight) for weight in weights)
+    except OverflowError:
+        raise InputError("Ensemble: weights are too large; write smaller ones") from None
     if len(given) != members:
         raise InputError(
             f"Ensemble: {len(given)} weights for {members} members; write one for each"

@@ -43,6 +43,20 @@ def form_of(teacher: Teacher) -> str | None:
     return None if kept.example() is None else str(kept)
 
 
+def cut(teacher: Teacher, tokens: int) -> Teacher:
+    """A teacher for a student of so many tokens, of which every server in it has to know.
+
+    Whole distributions are cut where they are compared; a few tokens of each row cannot be.
+    """
+    if isinstance(teacher, Remote):
+        return teacher.cut(tokens) if tokens < teacher.spec.vocabulary else teacher
+    if not isinstance(teacher, Composite):
+        return teacher
+    found = [cut(member, tokens) for member in teacher.teachers]
+    same = all(one is two for one, two in zip(found, teacher.teachers, strict=True))
+    return teacher if same else teacher.of(found)
+
+
 def forms(owner: str, teachers: Sequence[Teacher]) -> list[str | None]:
     """Those of members, of which all or none tell a few tokens.
 

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, cast
 from peft import PeftModel
 
 from llm_distill.errors import InputError
+from llm_distill.teachers.adapters import refuse_moving, refuse_unfrozen, told
 from llm_distill.teachers.local import Local
-from llm_distill.teachers.within import Copy, Deeper, Shared, Within
+from llm_distill.teachers.within import Copy, Deeper, Shared, Within, refuse_attention
 
 if TYPE_CHECKING:
     from typing import Self
 
     import torch
+    from peft import PeftConfig
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -75,13 +77,13 @@ class Itself(ABC):
         """The student's."""
         return self._own.find_tokenizer()
 
-    def check_student(self, *, adapted: bool) -> None:
+    def check_student(self, adapter: PeftConfig | None) -> None:
         """Refuse a student that this teacher cannot be made of; most can.
 
         Args:
-            adapted: Whether it has adapters, or gets some.
+            adapter: What it gets; it may have others already.
         """
-        del adapted
+        del adapter
 
     def check(self, request: Request, device: torch.device) -> None:
         """Nothing to refuse: what it reads is the student's, which is checked as such."""
@@ -169,26 +171,48 @@ class Ema(Itself):
 class AdapterOff(Itself):
     """The student without its adapters: the base model as the teacher, without further weights.
 
-    It gives logits and hidden states; attention would be read from modules that are in use.
+    It gives logits and hidden states; attention would be read from modules that are in use. What
+    moves or rewrites the base (`bias`, initialisations such as `pissa`, weights that are not
+    frozen) is refused.
     """
 
-    def check_student(self, *, adapted: bool) -> None:
-        """Refuse a student without adapters.
+    def check_student(self, adapter: PeftConfig | None) -> None:
+        """Refuse a student without adapters, or whose base model would not stay what it is.
 
         Raises:
-            InputError: Saying how it gets some.
+            InputError: Saying what to write.
         """
-        if not adapted:
+        name, student = self.spec.name, self._own.model
+        there = student if isinstance(student, PeftModel) else None
+        configs = [] if there is None else list(there.peft_config.values())
+        configs += [] if adapter is None else [adapter]
+        if not configs:
             raise InputError(
-                f"{self.spec.name}: the student has no adapters to leave out; give peft_config (in "
+                f"{name}: the student has no adapters to leave out; give peft_config (in "
                 "a recipe, peft: {r: 16}), a PeftModel as the student, or another teacher"
             )
+        for config in configs:
+            refuse_moving(config, name)
+        if there is not None:
+            refuse_unfrozen(there, name)
+
+    def check(self, request: Request, device: torch.device) -> None:
+        """Refuse attention.
+
+        Raises:
+            InputError: Saying what to use.
+        """
+        del device
+        _refuse_attention(request, self.spec.name)
 
     def _made(self, model: nn.Module, request: Request, *, shared: bool) -> Within:
         """The student; what was loaded for this alone has no adapters."""
         del shared
-        bare = isinstance(model, PeftModel)
-        return Shared(cast("PreTrainedModel", model), request, self.spec.name, bare=bare)
+        name, bare = self.spec.name, isinstance(model, PeftModel)
+        made = Shared(cast("PreTrainedModel", model), request, name, bare=bare)
+        if isinstance(model, PeftModel):
+            made.told = told(model.active_peft_config, name)
+        return made
 
 
 @dataclass(frozen=True)
@@ -202,7 +226,41 @@ class DeepToShallow(Itself):
     Source: Zhang et al. 2019 (Be Your Own Teacher), arXiv 1905.08094.
     """
 
+    def check_student(self, adapter: PeftConfig | None) -> None:
+        """Refuse a student that has no layer below another.
+
+        Raises:
+            InputError: Saying what to write.
+        """
+        del adapter
+        if self.spec.depth < 2:
+            raise InputError(
+                f"{self.spec.name}: the student has one block, and none below it to teach; take a "
+                "deeper one, or another teacher"
+            )
+
+    def check(self, request: Request, device: torch.device) -> None:
+        """Refuse attention.
+
+        Raises:
+            InputError: Saying what to use.
+        """
+        del device
+        _refuse_attention(request, self.spec.name)
+
     def _made(self, model: nn.Module, request: Request, *, shared: bool) -> Within:
         """The student."""
         del shared
         return Deeper(cast("PreTrainedModel", model), request, self.spec.name, bare=False)
+
+
+def _refuse_attention(request: Request, name: str) -> None:
+    """Before weights load, what their source refuses.
+
+    Raises:
+        InputError: Naming the blocks.
+    """
+    try:
+        refuse_attention(request, name)
+    except ValueError as error:
+        raise InputError(str(error)) from error

@@ -34,6 +34,10 @@ class Composite(ABC):
         """Those it is made of."""
 
     @abstractmethod
+    def of(self, teachers: Sequence[Teacher]) -> Teacher:
+        """The same of others, one for each that there is."""
+
+    @abstractmethod
     def check_together(self, request: Request) -> None:
         """Refuse what cannot be asked of these members on any machine.
 

@@ -89,9 +89,8 @@ def check(client: Client, served: Served, model: str, k: int, vocabulary: int) -
         top_k(told, k, vocabulary)
     except ValueError as error:
         raise InputError(
-            f"{where}: the answer is of no use: {error}; Remote needs log-probabilities of the "
-            "prompt at temperature 1, as vLLM (logprobs-mode raw_logprobs) and SGLang (dialect: "
-            "sglang) give them"
+            f"{where}: the answer is of no use: {error}. Remote needs log-probabilities of the "
+            "prompt at temperature 1, as vLLM and SGLang (dialect: sglang) give them"
         ) from error
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, get_args
 from urllib.parse import SplitResult, urlsplit
@@ -53,6 +54,7 @@ class Remote:
             NCCL for 600 s.
         key_from: The variable of the environment that holds the key. By default `OPENAI_API_KEY`,
             which is sent over https and within this machine only; one that is named, everywhere.
+        common: Of its tokens, how many the student has, once that is known (`cut`).
 
     Raises:
         InputError: For a url that is none or holds a secret, or for numbers out of range.
@@ -67,6 +69,7 @@ class Remote:
     timeout: float = 120.0
     patience: float = 300.0
     key_from: str | None = None
+    common: int | None = field(default=None, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, without repeating what may be a secret."""
@@ -86,6 +89,17 @@ class Remote:
                 "Remote: key_from is no name of a variable; put the key into the environment, and "
                 f"write its name here: key_from: {DEFAULT_KEY}"
             )
+
+    def cut(self, tokens: int) -> Remote:
+        """The same, for a student that has no more than so many of its tokens.
+
+        Heads of one family are padded to different sizes. What a server tells of padding is put
+        aside and the rest normalised, as the logits of a `Local` are cut; what it does not tell
+        stays in the tail.
+        """
+        made = copy.copy(self)  # with what the server said already
+        object.__setattr__(made, "common", tokens)
+        return made
 
     @property
     def name(self) -> str:
@@ -150,6 +164,7 @@ class Remote:
             concurrency=self.concurrency,
             patience=self.patience,
             compared=not request.logits or self._probed,
+            common=self.common,
         )
         return RemoteSource(self.client(), manner, device)
 
@@ -157,7 +172,7 @@ class Remote:
         """A line to the server.
 
         Raises:
-            InputError: If the key is named and not there.
+            InputError: If the key is named and not there, or cannot be sent.
         """
         return Client(self.url, key=self._key(), timeout=self.timeout, concurrency=self.concurrency)
 
@@ -193,11 +208,17 @@ class Remote:
         there = urlsplit(self.url)
         if self.key_from is None and there.scheme != "https" and there.hostname not in LOOPBACK:
             return None
-        key = os.environ.get(self.key_from or DEFAULT_KEY, "").strip()
+        name = self.key_from or DEFAULT_KEY
+        key = os.environ.get(name, "").strip()
         if self.key_from is not None and not key:
             raise InputError(
                 f"Remote: key_from: the environment has no {self.key_from}; set it, or leave "
                 "key_from out"
+            )
+        if not (key.isascii() and key.isprintable()):  # and not repeated
+            raise InputError(
+                f"Remote: the key in {name} has characters that no request can carry, such as a "
+                "line break inside it; set it to one key, of plain ASCII on one line"
             )
         return key or None
 
@@ -208,13 +229,18 @@ def _root(url: str) -> str:
     Raises:
         InputError: If it is none, or if it holds a secret, which is not repeated.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except (AttributeError, ValueError):  # not repeated: nobody knows what is in it
+        raise InputError("Remote: the url cannot be read; write http://host:8000") from None
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise InputError(
             "Remote: the url holds more than a host and a path, perhaps a secret; write "
             "http://host:8000, put the key into the environment, and its name into key_from"
         )
-    if parts.scheme not in ("http", "https") or not parts.hostname or not _has_port(parts):
+    spaced = any(char.isspace() or not char.isprintable() for char in url)
+    known = parts.scheme in ("http", "https") and parts.hostname and _has_port(parts)
+    if spaced or not known:
         raise InputError(f"Remote: url is {url!r}; write http://host:8000")
     return url.rstrip("/").removesuffix("/v1")
 

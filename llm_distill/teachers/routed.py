@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +46,8 @@ class Routed(Composite):
     it on every batch, since each forward is a collective call.
 
     Attributes:
-        experts: Teachers of any kind by the names that the column gives them; an id, a path or a
-            loaded model is a `Local`.
+        experts: Teachers that are not the student itself, by the names that the column gives them;
+            an id, a path or a loaded model is a `Local`.
         by: The column of the data with the name of each example's expert; it is kept beside the
             tokens, and never reaches a model.
         turns: Keep experts in the memory of the CPU, each on the device only while it is asked.
@@ -68,6 +68,12 @@ class Routed(Composite):
             )
         if not (isinstance(self.by, str) and self.by):
             raise InputError(f"Routed: by is {self.by!r}; write the column that names the experts")
+        if len(self.experts) < 2:
+            there = ", ".join(map(str, self.experts)) or "none"
+            raise InputError(
+                f"Routed: experts are {there}; write two or more by the names that the column "
+                "gives: experts: {code: a/model, prose: another/model}"
+            )
         teachers = as_teachers("Routed", list(self.experts.values()))
         named = dict(zip(map(str, self.experts), teachers, strict=True))
         object.__setattr__(self, "experts", named)
@@ -81,6 +87,10 @@ class Routed(Composite):
     def teachers(self) -> tuple[Teacher, ...]:
         """The experts, as specs."""
         return as_teachers("Routed", list(self.experts.values()))
+
+    def of(self, teachers: Sequence[Teacher]) -> Routed:
+        """The same of other experts."""
+        return replace(self, experts=dict(zip(self.names, teachers, strict=True)))
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -260,7 +270,9 @@ def _distribution(
     places = [_places(batch, sequences) for sequences, _ in heard]
     found = [said.logits for _, said in heard]
     tops = [top for top in found if isinstance(top, TopK)]
-    if len(tops) == len(found) and len({top.ids.shape[1] for top in tops}) == 1:
+    if len(tops) == len(found):
+        narrowest = min(top.ids.shape[1] for top in tops)  # a server's padding may be put aside
+        tops = [top.first(narrowest) for top in tops]
         order = torch.tensor([place for own in places for place in own], dtype=torch.long)
         back = order.argsort().to(tops[0].ids.device)
         columns = zip(*((top.ids, top.log_probs, top.tail) for top in tops), strict=True)

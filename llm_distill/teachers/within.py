@@ -131,12 +131,7 @@ class Shared(Within):
 
     def __init__(self, model: PreTrainedModel, request: Request, name: str, *, bare: bool) -> None:
         super().__init__()
-        if request.heads:
-            raise ValueError(
-                f"{name} gives logits and hidden states, and attention of blocks "
-                f"{sorted(request.heads)} is asked for, which the student's own reading occupies; "
-                "use Logits and HiddenStates with it, or the teacher BornAgain"
-            )
+        refuse_attention(request, name)
         self.model = None
         self._bare = bare
         self._student = (model,)  # in a tuple, so that it is no submodule
@@ -166,6 +161,20 @@ class Deeper(Shared):
         request = self._reader.request
         student = read(request)
         return student, detached(student, request)
+
+
+def refuse_attention(request: Request, name: str) -> None:
+    """Refuse attention of weights that are the student's.
+
+    Raises:
+        ValueError: Naming the blocks.
+    """
+    if request.heads:
+        raise ValueError(
+            f"{name} gives logits and hidden states, and attention of blocks "
+            f"{sorted(request.heads)} is asked for, which the student's own reading occupies; "
+            "use Logits and HiddenStates with it, or the teacher BornAgain"
+        )
 
 
 def bring(model: nn.Module, batch: Batch) -> None:

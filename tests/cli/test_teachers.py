@@ -84,6 +84,35 @@ def test_what_cannot_be_is_found_by_check(cli: Cli, teacher: str, message: str) 
     assert message in done.err
 
 
+MAPS = {"AttentionMaps": {"layers": {"explicit": {"pairs": [[1, 2]]}}}}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "sections", "message"),
+    [
+        ("AdapterOff", {"peft": {"r": 4, "init_lora_weights": "pissa"}}, "pissa rewrites the weig"),
+        ("AdapterOff", {"peft": {"r": 4, "bias": "all"}}, "bias: all trains biases of the base"),
+        (
+            "AdapterOff",
+            {"peft": {"r": 4}, "objectives": ["Logits", "AttentionMaps"]},
+            "gives logits and hidden states, and attention of blocks [1, 2] is asked for",
+        ),
+        (
+            "DeepToShallow",
+            {"objectives": ["CrossEntropy", MAPS]},
+            "gives logits and hidden states, and attention of blocks [2] is asked for",
+        ),
+    ],
+)
+def test_what_the_students_own_weights_cannot_be(
+    cli: Cli, teacher: str, sections: dict[str, Any], message: str
+) -> None:
+    for command in ("check", "run"):
+        done = cli(command, teacher=teacher, **sections)
+        assert done.code == 2
+        assert message in done.err
+
+
 def test_a_map_of_several_teachers_is_refused(cli: Cli, models: Path) -> None:
     members = [str(models / "teacher")] * 2
     sections: dict[str, Any] = {

@@ -1,5 +1,6 @@
 """Datasets in memory: what is tokenised, what is left alone, and what is refused."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -7,7 +8,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchStream
+from transformers import DataCollatorWithFlattening, default_data_collator
 
+from llm_distill import DistillTrainer
 from llm_distill.data.given import first_of, tokenised
 from llm_distill.errors import InputError
 from tests import on_disk, tiny
@@ -116,6 +119,33 @@ class TestFirst:
 def test_packed_rows_need_a_collator_of_their_own() -> None:
     """Their positions would be lost, and documents would see each other."""
     rows = datasets.Dataset.from_list([{"input_ids": [5, 6, 7, 8], "position_ids": [0, 1, 0, 1]}])
-    with pytest.raises(InputError, match="train_dataset has position_ids"):
+    message = "has position_ids, .*=transformers.default_data_collator; else give one example in"
+    with pytest.raises(InputError, match=f"train_dataset {message}"):
         tokenised(rows, None, None, {}, "train_dataset")
     assert tokenised(rows, None, None, {}, "train_dataset", keep_tokens=True) is rows
+
+
+def test_what_packed_rows_are_told_to_take(tmp_path: Path) -> None:
+    """Rows that are packs, as they are, and their examples one by one: the same training."""
+    tokens = [[5, 6, 7, 8, 9], [9, 8, 7], [11, 12, 13, 14], [21, 22, 23, 24]] * 4
+    apart = [{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in tokens]
+    packs = [
+        {
+            "input_ids": one["input_ids"] + two["input_ids"],
+            "labels": one["labels"] + two["labels"],
+            "position_ids": [*range(len(one["labels"])), *range(len(two["labels"]))],
+        }
+        for one, two in zip(apart[::2], apart[1::2], strict=True)
+    ]
+    ends = []
+    kinds: list[Any] = [(packs, default_data_collator, 4), (apart, DataCollatorWithFlattening(), 8)]
+    for rows, collator, size in kinds:
+        data = datasets.Dataset.from_list(rows)
+        args = tiny.arguments(tmp_path, learning_rate=0.1, per_device_train_batch_size=size)
+        given: dict[str, Any] = {"train_dataset": data, "data_collator": collator}
+        made = DistillTrainer(tiny.llama("student"), tiny.llama("teacher"), None, args, **given)
+        made.train()
+        ends.append(torch.nn.utils.parameters_to_vector(made.student.parameters()))
+    start = torch.nn.utils.parameters_to_vector(tiny.llama("student").parameters())
+    assert (ends[0] - start).abs().max() > 1e-3
+    assert (ends[0] - ends[1]).abs().max() < 1e-6

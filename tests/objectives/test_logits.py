@@ -188,6 +188,12 @@ class TestExit:
         assert Logits().build(spec(9), spec(9)).exit is None
         assert CrossEntropy().describe() == ""
 
+    @pytest.mark.parametrize("layer", [1.5, 1.0, True, "1", [1]])
+    @pytest.mark.parametrize("kind", [Logits, CrossEntropy])
+    def test_what_is_no_number_of_a_layer(self, kind: Any, layer: Any) -> None:
+        with pytest.raises(ValueError, match=f"{kind.__name__}: exit is .*; write the number of"):
+            kind(exit=layer)
+
     @pytest.mark.parametrize("layer", [0, 2, 3, -1])
     def test_a_layer_that_is_none_below_the_last(self, layer: int) -> None:
         with pytest.raises(ValueError, match=f"exit: {layer} of m, which has 2 blocks; write a la"):

@@ -74,6 +74,16 @@ def test_several_teachers() -> None:
     assert isinstance(made.teacher.teachers[1], Ensemble)
 
 
+def test_a_member_by_its_name_alone() -> None:
+    """As the teacher of a recipe is, and as `{Ema: }`; whether it can be one is said later."""
+    for form in ("Ema", {"Ema": None}):
+        several = {"Ensemble": {"members": ["a/b", form]}}
+        routed = {"Routed": {"by": "kind", "experts": {"a": "a/b", "b": form}}}
+        for teacher in (several, routed):
+            made: Any = recipe(teacher=teacher).teacher
+            assert made.teachers == (Local("a/b"), Ema())
+
+
 def test_the_student_itself() -> None:
     assert recipe(teacher="AdapterOff").teacher == AdapterOff()
     assert recipe(teacher={"Ema": {"decay": 0.9}}).teacher == Ema(decay=0.9)
@@ -82,7 +92,8 @@ def test_the_student_itself() -> None:
 @pytest.mark.parametrize(
     ("teacher", "message"),
     [
-        ({"Ensemble": {"members": ["a/b", "Logits"]}}, None),  # an id may be called anything
+        ({"Ensemble": {"members": ["a/b", "Logits"]}}, r"members\[1\]: 'Logits' is no teacher"),
+        ({"Ensemble": {"members": ["a/b", " "]}}, r"members\[1\] is empty; write a Hub id"),
         ({"Ensemble": {"members": ["a/b", {"Logits": {}}]}}, r"members\[1\]: 'Logits' is no teacher"),
         ({"Ensemble": {"members": ["a/b", {"Local": {}}]}}, r"members\[1\]\.Local: model is missing"),
         ({"Ensemble": {"members": ["a/b"]}}, "are no several teachers"),
@@ -93,9 +104,6 @@ def test_the_student_itself() -> None:
         ({"Ema": {"student": "a/b"}}, "Ema has no 'student'"),
     ],
 )  # fmt: skip
-def test_bad_teachers_have_their_place(teacher: Any, message: str | None) -> None:
-    if message is None:
-        recipe(teacher=teacher)
-        return
+def test_bad_teachers_have_their_place(teacher: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         recipe(teacher=teacher)

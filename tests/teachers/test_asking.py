@@ -3,11 +3,12 @@
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import DataCollatorWithFlattening, PreTrainedModel
 
 from llm_distill.binding import make_batch
 from llm_distill.collation import RowCollator
@@ -112,6 +113,39 @@ def test_nothing_is_sent_that_no_row_needs(source: RemoteSource, server: Teacher
     assert sorted(prompts(server)) == [[3, 4, 5], [5, 6, 7, 8, 9]]
 
 
+def packed(rows: Any = None) -> Batch:
+    return collated(DataCollatorWithFlattening(), rows)
+
+
+def test_a_pack_is_asked_about_example_by_example(
+    source: RemoteSource, server: TeacherServer, teacher: PreTrainedModel
+) -> None:
+    """What stands before an example in a pack is nothing that it follows."""
+    flat, apart = packed(), collated()
+    assert len(flat.inputs["input_ids"]) == 1
+    found, wanted = source(flat).logits, expected(teacher, apart)
+    assert isinstance(found, TopK)
+    assert torch.equal(found.ids, wanted.ids)
+    assert (found.log_probs - wanted.log_probs).abs().max() < 1e-5
+    assert asked_of(flat) == asked_of(apart)
+    assert len(prompts(server)) == 5
+
+
+def test_a_pack_may_be_longer_than_the_server_takes(source: RemoteSource) -> None:
+    rows = [{"input_ids": list(range(3, 3 + n)), "labels": list(range(3, 3 + n))} for n in (40, 50)]
+    assert len(source(packed(rows)).logits) == 39 + 49
+    long = {"input_ids": list(range(3, 67)), "labels": list(range(3, 67))}
+    with pytest.raises(InputError, match=r"a sequence of 64 tokens, and .* takes 63"):
+        source(packed([*rows, long]))
+
+
+def test_a_pack_whose_examples_supervise_their_first_token() -> None:
+    """The last token of one then predicts the first of the next; its teacher reads the one."""
+    ids, places = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 1, 0, 1]])
+    batch = collated(lambda _: {"input_ids": ids, "position_ids": places, "labels": ids}, rows=[0])
+    assert asked_of(batch) == [Asked([5, 6, 7], [0, 1]), Asked([7, 8], [0])]
+
+
 def test_no_rows(source: RemoteSource, server: TeacherServer) -> None:
     batch = collated(rows=[{"input_ids": [3, 4, 5], "labels": [-100] * 3}])
     found = source(batch).logits
@@ -144,6 +178,24 @@ def test_a_step_is_asked_for_once_and_before(
     assert len(server.received) == sent
     source(batches[0])  # what comes unexpectedly, as in an evaluation, is asked for then
     assert len(server.received) == sent + 4
+
+
+def test_what_the_student_does_not_have_is_put_aside(
+    source: RemoteSource, server: TeacherServer, teacher: PreTrainedModel
+) -> None:
+    """Some of the likeliest tokens are padding: as many stay as the poorest row has left."""
+    common, batch = tiny.VOCABULARY - 8, collated()
+    source._manner = replace(source._manner, common=common)
+    found, whole = source(batch).logits, expected(teacher, batch)
+    assert isinstance(found, TopK)
+    fewest = int((whole.ids < common).sum(1).min())
+    assert found.ids.shape == (len(whole), fewest)
+    assert 0 < fewest < K
+    with torch.no_grad():
+        logits = teacher(**batch.inputs).logits.flatten(0, 1)[batch.supervised.index, :common]
+    assert torch.equal(found.ids, TopK.of(logits, fewest).ids)
+    assert found.ids.max() < common
+    assert torch.allclose(found.targets().exp().sum(-1), torch.ones(len(found)))
 
 
 def test_it_says_what_it_is(source: RemoteSource, server: TeacherServer) -> None:
@@ -222,7 +274,7 @@ def test_a_server_that_breaks(
         source(collated())
 
 
-@pytest.mark.parametrize("form", ["raw", "few", "none", "other"])
+@pytest.mark.parametrize("form", ["raw", "low", "few", "none", "other"])
 def test_answers_that_cannot_be(source: RemoteSource, server: TeacherServer, form: str) -> None:
     server.forms = {form}
     with pytest.raises(ServerError, match=f"{server.url}/.*: the answer is of no use: "):

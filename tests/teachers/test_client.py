@@ -2,6 +2,7 @@
 
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -88,6 +89,17 @@ def test_in_the_end_it_says_where_what_and_how_often(
     assert len(server.received) > 2
     assert server.received[0].key == SECRET
     assert SECRET not in said
+
+
+def test_a_key_that_cannot_be_sent_is_not_repeated(connect: Callable[..., Client]) -> None:
+    """The error quotes the header; nor is it in the traceback."""
+    client = connect(key=f"sk-{1234}\n{SECRET}")
+    with pytest.raises(ServerError, match=r"LocalProtocolError: .*\[key\]") as raised:
+        client.ask(MODELS, patience=0.1)
+    shown = "".join(traceback.format_exception(raised.value))
+    assert "LocalProtocolError" in shown
+    assert SECRET not in shown
+    assert "1234\\n" not in shown
 
 
 def test_nobody_there(connect: Callable[..., Client]) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -103,11 +104,21 @@ class TestSpec:
             ([1.0, -1.0], r"weights are \[1.0, -1.0\]; write numbers >= 0, one of them above 0"),
             ([0.0, 0.0], "one of them above 0"),
             ([1.0, float("nan")], "write numbers >= 0"),
+            ("12", "weights are '12'; write a list of numbers, one for each member"),
+            ({"a": 1, "b": 2}, "write a list of numbers"),
+            (["a", 1], r"weights are \['a', 1\]; write a list of numbers"),
+            ([True, 1], "write a list of numbers"),
+            (3, "weights are 3; write a list"),
+            ([10**400, 1], "weights are too large"),
         ],
     )
-    def test_weights_that_do_not_fit(self, weights: list[float], message: str) -> None:
+    def test_weights_that_do_not_fit(self, weights: Any, message: str) -> None:
         with pytest.raises(InputError, match=message):
             Ensemble(["a/b", "c/d"], weights)
+
+    @pytest.mark.parametrize("unit", [1e308, 1e-320, 1, np.float32(2)])
+    def test_weights_of_any_size(self, unit: Any) -> None:
+        assert Ensemble(["a/b", "c/d"], [unit, unit]).shares == (0.5, 0.5)
 
     def test_unknown_words(self) -> None:
         given: Any = "mean"
@@ -162,7 +173,7 @@ class TestSignals:
 
     @pytest.mark.parametrize("turns", [False, True])
     def test_ensembles_nest(self, turns: bool) -> None:
-        """Any kind may be a member."""
+        """Several may be a member of several."""
         a, b = (Local(model) for model in others())
         inner = Ensemble([a, b], turns=turns)
         said = Ensemble([inner, a], turns=turns).open(LOGITS, CPU)(batch()).logits

@@ -23,6 +23,7 @@ from llm_distill import (
     HiddenStates,
     Local,
     Logits,
+    Routed,
 )
 from llm_distill.errors import InputError
 from llm_distill.layers import auto, auto_race, explicit, last
@@ -243,10 +244,12 @@ class TestBadInput:
             ):
                 trainer(tmp_path, teacher, [Logits()], student=student)
 
-    def test_a_member_of_several(self, tmp_path: Path) -> None:
-        teacher = Ensemble([Local(tiny.llama("teacher")), Ema()])
-        with pytest.raises(InputError, match="Ema is the student itself, and stands alone"):
-            trainer(tmp_path, teacher, [Logits()])
+    @pytest.mark.parametrize("own", [BornAgain(), Ema(), AdapterOff(), DeepToShallow()])
+    def test_a_member_of_several(self, tmp_path: Path, own: Any) -> None:
+        other, name = Local(tiny.llama("teacher")), type(own).__name__
+        for teacher in (Ensemble([other, own]), Routed({"a": other, "b": own}, by="kind")):
+            with pytest.raises(InputError, match=f"{name} is the student itself, and stands alone"):
+                trainer(tmp_path, teacher, [Logits()], peft_config=LORA)
 
     def test_hints_that_are_refused_before_weights_load(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="member 0 of the teacher Ema"):
@@ -305,7 +308,10 @@ class TestDeepToShallow:
         ("objective", "message"),
         [
             (Logits(), "Logits: the last layer would learn from itself; with DeepToShallow write"),
-            (HiddenStates(layers=last), "layer 2 of the student would learn from its own layer 2"),
+            (
+                HiddenStates(layers=last),  # there is nothing below the last of two blocks
+                r"layer 2 of the student would learn from its own layer 2.*pairs: \[\[1, 2\]\]",
+            ),
             (HiddenStates(), r"layer 1 of the student would learn .*pairs: \[\[1, 2\]\]"),
         ],
     )
@@ -314,6 +320,10 @@ class TestDeepToShallow:
     ) -> None:
         with pytest.raises(InputError, match=message):
             trainer(tmp_path, DeepToShallow(), [CrossEntropy(), objective])
+
+    def test_a_student_of_one_block(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="the student has one block, and none below it to te"):
+            trainer(tmp_path, DeepToShallow(), [CrossEntropy()], student=tiny.gpt2(depth=1))
 
     def test_a_metric_that_there_is_not(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="nothing compares the tokens of two models: there is"):

@@ -96,6 +96,7 @@ class TestCheck:
         ("form", "message"),
         [
             ("raw", "of no use: (a log-probability of|probabilities of a row sum to)"),
+            ("low", "of no use: .* at most, which is less than 1: .*--logprobs-mode raw_logprobs"),
             ("few", "of no use: 3|of no use: 4"),
             ("none", "of no use: it has no "),
             ("other", "of no use: it (does not tell|tells) of token"),

@@ -5,18 +5,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import (
+    DataCollatorWithFlattening,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from llm_distill import (
     AttentionMaps,
     CrossEntropy,
     DistillTrainer,
+    Ensemble,
     HiddenStates,
     Local,
     Logits,
     Remote,
+    Routed,
     Taid,
     decoupled,
     jsd,
@@ -130,6 +138,12 @@ class TestSpec:
             ({"url": "ftp://h"}, "url is 'ftp://h'"),
             ({"url": f"http://me:{SECRET}@h"}, "the url holds more than a host and a path"),
             ({"url": f"http://h/v1?api_key={SECRET}"}, "put the key into the environment"),
+            ({"url": f"http://[::1{SECRET}"}, "the url cannot be read; write http://host:8000"),
+            ({"url": 3}, "the url cannot be read; write http://host:8000"),
+            ({"url": "http://ex ample:80"}, "url is 'http://ex ample:80'; write http://host:8000"),
+            ({"url": "http://h:80 "}, "url is 'http://h:80 '"),
+            ({"url": "http://h/a b"}, "url is 'http://h/a b'"),
+            ({"url": "http://h\n:80"}, r"url is 'http://h\\n:80'"),
             ({"top_k": 0}, "top_k is 0; write a number from 1 on"),
             ({"top_k": 2.5}, r"top_k is 2\.5"),
             ({"concurrency": True}, "concurrency is True"),
@@ -210,6 +224,32 @@ class TestKeys:
         monkeypatch.setenv("OPENAI_API_KEY", SECRET)
         assert Remote(url, "m", key_from=named)._key() == expected
 
+    @pytest.mark.parametrize("inside", ["\n", "\r", "\t", "\x7f", "ü", "\u2028"])
+    @pytest.mark.parametrize("named", [None, "MY_KEY"])
+    def test_one_that_no_request_can_carry(
+        self,
+        remote: Remote,
+        server: TeacherServer,
+        monkeypatch: pytest.MonkeyPatch,
+        inside: str,
+        named: str | None,
+    ) -> None:
+        monkeypatch.setenv(named or "OPENAI_API_KEY", f"sk-first{inside}{SECRET}")
+        message = f"the key in {named or 'OPENAI_API_KEY'} has characters that no request can"
+        with pytest.raises(InputError, match=message) as raised:
+            replace(remote, key_from=named).check(LOGITS, CPU)
+        assert "sk-" not in str(raised.value)
+        assert server.received == []
+
+    def test_a_line_break_after_it_is_none_of_it(
+        self, remote: Remote, server: TeacherServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As files of secrets end."""
+        server.key = SECRET
+        monkeypatch.setenv("OPENAI_API_KEY", f"{SECRET}\n")
+        remote.open(LOGITS, CPU).close()
+        assert self.sent(server) == {SECRET}
+
     def test_a_wrong_one_is_not_repeated(
         self, remote: Remote, server: TeacherServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -243,6 +283,11 @@ class TestOpen:
         server.tokenizer = None
         source = replace(remote).open(LOGITS, CPU)
         assert source.told[0].endswith("; it does not cut texts, so its tokenizer is not checked")
+        source.close()
+
+    def test_what_is_put_aside_is_told(self, remote: Remote) -> None:
+        source = remote.cut(120).open(LOGITS, CPU)
+        assert "; the last 8 of its 128 tokens, which the student does not have" in source.told[0]
         source.close()
 
     def test_more_tokens_than_there_are(self, remote: Remote) -> None:
@@ -307,6 +352,39 @@ class TestTraining:
         assert one["eval_kl"] == pytest.approx(other["eval_kl"], abs=1e-6)
         assert {key for key in one if "teacher" in key or "agreement" in key} == set()
 
+    @pytest.mark.parametrize("name", list(OBJECTIVES))
+    @pytest.mark.parametrize("role", ["members", "experts"])
+    def test_two_of_them_as_members_and_as_experts(
+        self, tmp_path: Path, remote: Remote, of: str, role: str, name: str
+    ) -> None:
+        """As the same targets made here, under every kind of objective."""
+        other = tiny.sharpened(LlamaForCausalLM, tiny.llama("teacher").config, seed=5)
+
+        def several(one: Any, two: Any) -> Any:
+            if role == "members":
+                return Ensemble([one, two], [2, 1])
+            return Routed({"a": one, "b": two}, by="kind")
+
+        def end(teacher: Any) -> DistillTrainer:
+            rows = tiny.rows(24, empty=(1, 9))
+            rows = rows.add_column("kind", ["ab"[k % 3 // 2] for k in range(24)])
+            args = tiny.arguments(tmp_path, learning_rate=0.1)
+            data: dict[str, Any] = {"train_dataset": rows, "eval_dataset": rows}
+            made = DistillTrainer(tiny.llama("student"), teacher, OBJECTIVES[name](), args, **data)
+            made.train()
+            return made
+
+        with TeacherServer(other, tiny.tokenizer(), longest=64, owner="sglang") as second:
+            far = end(several(remote, Remote(second.url, "teacher", K, of)))
+            asked = second.asked("/generate")
+            far_kl = far.evaluate()["eval_kl"]
+        near = end(several(Sparse(tiny.llama("teacher")), Sparse(other)))
+        assert len(asked) > 3  # more than at the start
+        assert (weights(far) - weights(near)).abs().max() < 1e-6
+        assert far_kl == pytest.approx(near.evaluate()["eval_kl"], abs=1e-5)
+        alone = end(remote)
+        assert (weights(far) - weights(alone)).abs().max() > 1e-4
+
     def test_whole_rows_are_the_whole_divergence(
         self, tmp_path: Path, remote: Remote, server: TeacherServer, teacher: PreTrainedModel
     ) -> None:
@@ -362,6 +440,59 @@ class TestTraining:
         assert server.at_once > 4  # more than a micro-batch of two
         sent = server.asked("/v1/completions")[before:]
         assert sum(len(r.body["prompt"]) for r in sent) == 22  # each sequence with rows, once
+
+    def test_packed_is_as_padded(self, tmp_path: Path, remote: Remote) -> None:
+        """Packs of 8 are longer than the 64 positions of the models; their examples are not."""
+        args, data = tiny.arguments(tmp_path, learning_rate=0.1), tiny.rows(24)
+        ends = []
+        for collator in (DataCollatorWithFlattening(), None):
+            made = DistillTrainer(
+                tiny.llama("student"),
+                remote,
+                [Logits()],
+                args,
+                train_dataset=data,
+                data_collator=collator,
+            )
+            made.train()
+            ends.append(weights(made))
+        assert (ends[0] - ends[1]).abs().max() < 1e-6
+
+    @pytest.mark.parametrize("role", ["alone", "member", "expert"])
+    def test_a_student_without_the_padding(
+        self, tmp_path: Path, server: TeacherServer, role: str
+    ) -> None:
+        """As `Local`, which is cut: the student has 120 of the teacher's 128 tokens."""
+        words = tiny.tokenizer(120)
+        server.tokenizer, server.most = words, 128
+        tiny.llama("teacher").config.save_pretrained(tmp_path)
+        words.save_pretrained(tmp_path)
+        ids = [[min(token, 119) for token in row["input_ids"]] for row in tiny.rows(24)]
+        data = datasets.Dataset.from_list(
+            [{"input_ids": i, "labels": i, "by": "ab"[k % 2]} for k, i in enumerate(ids)]
+        )
+
+        def end(teacher: Any) -> torch.Tensor:
+            args = tiny.arguments(tmp_path / "out", learning_rate=0.1)
+            student = tiny.llama("student", vocabulary=120)
+            given = {"train_dataset": data, "processing_class": words}
+            made = DistillTrainer(student, teacher, [Logits()], args, **given)
+            made.train()
+            return weights(made)
+
+        def several(teacher: Any) -> Any:
+            if role == "alone":
+                return teacher
+            if role == "member":
+                return Ensemble([teacher, teacher])
+            return Routed({"a": teacher, "b": teacher}, by="by")
+
+        whole = end(several(Remote(server.url, "teacher", 128, str(tmp_path))))
+        near = end(Local(tiny.llama("teacher"), tokenizer=words))
+        assert (whole - near).abs().max() < 1e-6
+        few = Remote(server.url, "teacher", K, str(tmp_path))
+        assert end(several(few)).isfinite().all()
+        assert few.common is None  # the user's own stays as it was
 
     def test_a_server_that_dies_is_told_and_nothing_hangs(
         self, tmp_path: Path, remote: Remote, server: TeacherServer

@@ -72,7 +72,8 @@ class TestSpec:
         ("experts", "by", "message"),
         [
             (["a/b", "c/d"], "kind", "experts are teachers by their names; write experts"),
-            ({"a": "a/b"}, "kind", "are no several teachers; give a list of two or more"),
+            ({"a": "a/b"}, "kind", "experts are a; write two or more by the names that the column"),
+            ({}, "kind", r"experts are none; write two or more .*: \{code: a/model, prose: "),
             ({"a": "a/b", "b": "c/d"}, "", "by is ''; write the column that names the experts"),
         ],
     )
@@ -187,8 +188,14 @@ class TestSignals:
         assert isinstance(alone, TopK)
         assert torch.equal(said.log_probs[order], alone.log_probs)
         other = RoutedSource(routed(), [Top(0.0, 2), Top(1.0, 3)])  # type: ignore[list-item]
-        with pytest.raises(ValueError, match="combines whole distributions"):
-            other(given)
+        narrow = other(given).logits  # as many as the narrowest tells, the rest in the tails
+        assert isinstance(narrow, TopK)
+        assert torch.equal(narrow.ids[order], alone.ids)
+        whole = Top(1.0, 3)(given.only([1, 2, 4])).logits
+        assert isinstance(whole, TopK)
+        assert torch.equal(narrow.ids[~order], whole.ids[:, :2])
+        tail = whole.tail.exp() + whole.log_probs[:, 2].exp()
+        torch.testing.assert_close(narrow.tail[~order].exp(), tail)
 
     def test_only_what_experts_share(self) -> None:
         apart = Routed({"a": tiny.llama("teacher"), "b": tiny.gpt2()}, by="kind")
@@ -241,7 +248,7 @@ class TestTraining:
         assert all(torch.equal(ends[0][k], kept[k]) for k in kept)
 
     def test_an_ensemble_of_experts_keeps_the_temperature(self, tmp_path: Path) -> None:
-        """Any kind may be an expert, and a `Routed` a member."""
+        """Several may be an expert, and a `Routed` a member."""
         a, b = twins()
         inner = Ensemble([a, b])
         made: list[Any] = [Routed({"a": inner, "b": inner}, by="kind"), Ensemble([inner, inner])]

@@ -85,6 +85,8 @@ class TestTail:
         ({1: -0.5, 2: float("nan")}, "a log-probability of nan"),
         ({1: 4.5, 2: -3.0}, r"a log-probability of 4\.5"),
         ({1: -0.1, 2: -0.2}, r"probabilities of a row sum to 1\.724, which is more than 1"),
+        ({1: -34.0, 2: -36.0}, r"a row sum to 3\.\d*e-15 at most, .* --logprobs-mode raw_logprobs"),
+        ({1: -2.0, 2: -2.5}, r"a row sum to 0\.8741 at most, which is less than 1"),
     ],
 )
 def test_what_cannot_be_is_refused(row: dict[int, float], message: str) -> None:
@@ -92,6 +94,57 @@ def test_what_cannot_be_is_refused(row: dict[int, float], message: str) -> None:
         top_k([{1: -0.5, 2: -1.5}, row], 2, 10)
 
 
+@pytest.mark.parametrize("k", [1, 2, 9])
+def test_a_flat_row_is_none_of_them(k: int) -> None:
+    """As much as there can be is just enough."""
+    made = top_k([dict.fromkeys(range(k), -math.log(10))], k, 10)
+    assert made.tail.exp() == pytest.approx(1 - k / 10)
+
+
+class TestPadding:
+    """Tokens of the model that the student does not have."""
+
+    COMMON = VOCABULARY - 4
+
+    def logits(self, *, padding: float) -> torch.Tensor:
+        made = 3 * torch.randn(9, VOCABULARY, generator=torch.Generator().manual_seed(3))
+        made[:, self.COMMON :] = padding + torch.arange(4)
+        return made
+
+    @pytest.mark.parametrize("k", [12, VOCABULARY - 2, VOCABULARY])
+    def test_it_is_the_target_of_logits_that_are_cut(self, k: int) -> None:
+        """Likely padding, all of it told: nothing else is lost."""
+        logits = self.logits(padding=4.0)
+        made = top_k(told(logits, k), k, VOCABULARY, self.COMMON)
+        expected = TopK.of(logits[:, : self.COMMON].double(), k - 4)
+        assert torch.equal(made.ids, expected.ids)
+        assert (made.log_probs - expected.log_probs).abs().max() < 1e-5
+        assert (made.tail.exp() - expected.tail.exp()).abs().max() < 1e-6
+
+    def test_unlikely_padding_changes_nothing(self) -> None:
+        rows = told(self.logits(padding=-60.0), 7)
+        one, other = top_k(rows, 7, VOCABULARY, self.COMMON), top_k(rows, 7, VOCABULARY)
+        assert torch.equal(one.ids, other.ids)
+        assert (one.log_probs - other.log_probs).abs().max() < 1e-5
+        assert (one.tail - other.tail).abs().max() < 1e-4
+
+    def test_the_poorest_row_says_how_many_stay(self) -> None:
+        rows = [{0: -0.7, 9: -0.8, 1: -3.0}, {2: -0.5, 3: -1.0, 4: -4.0}]
+        made = top_k(rows, 3, 10, 9)
+        assert made.ids.tolist() == [[0, 1], [2, 3]]
+        assert torch.allclose(made.targets().exp().sum(-1), torch.ones(2))
+        mass = 1 - math.exp(-0.8)
+        assert made.log_probs[0].exp().tolist() == pytest.approx(
+            [math.exp(-0.7) / mass, math.exp(-3.0) / mass], rel=1e-5
+        )
+        rest = 1 - math.exp(-0.5) - math.exp(-1.0)
+        assert float(made.tail[1].exp()) == pytest.approx(rest, rel=1e-5)
+
+    def test_a_row_of_padding_alone(self) -> None:
+        with pytest.raises(ValueError, match="tells only of tokens from 9 on, which the student"):
+            top_k([{9: -0.1}], 1, 10, 9)
+
+
 def test_minus_infinity_is_what_vllm_writes_for_it() -> None:
-    made = top_k([{1: -0.1, 2: float("-inf")}], 2, 10)
+    made = top_k([{1: -1e-5, 2: float("-inf")}], 2, 10)
     assert made.log_probs[0, 1] == FORBIDDEN
