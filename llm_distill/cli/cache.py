@@ -40,20 +40,10 @@ def cache(recipe: Recipe, *, overwrite: bool = False) -> Manifest:
     Raises:
         InputError: For anything that cannot work, before weights load.
     """
-    cached = recipe.teacher
-    if not isinstance(cached, Cached):
-        raise InputError(
-            f"teacher: {type(cached).__name__} is not cached; write teacher: {{Cached: {{path: "
-            "cache/name, of: the teacher's id or path}}}}"
-        )
-    if not isinstance(cached.of, Local):
-        raise InputError(
-            f"teacher: the cache {cached.path} does not say of which teacher; write teacher: "
-            f"{{Cached: {{path: {cached.path}, of: the teacher's id or path}}}}"
-        )
-    _check_path(recipe, cached, cached.of, overwrite=overwrite)
+    cached, teacher = _named(recipe)
+    _check_path(recipe, cached, teacher, overwrite=overwrite)
     teacher_for(recipe.student, cached)  # a run has no weights to make a student of
-    asked = replace(recipe, teacher=cached.of)
+    asked = replace(recipe, teacher=teacher)
     args = recipe.arguments()
     screen = open_screen(args)
     planned = plan(asked, args)
@@ -88,6 +78,26 @@ def cache(recipe: Recipe, *, overwrite: bool = False) -> Manifest:
     screen.figures(figures(written), title="what was written")
     screen.say(f"It is in {cached.path}; llm-distill run with the same recipe trains from it")
     return written
+
+
+def _named(recipe: Recipe) -> tuple[Cached, Local]:
+    """The cache of a recipe, and the teacher that is to be asked for it.
+
+    Raises:
+        InputError: If the recipe does not name both.
+    """
+    cached = recipe.teacher
+    if not isinstance(cached, Cached):
+        raise InputError(
+            f"teacher: {type(cached).__name__} is not cached; write teacher: {{Cached: {{path: "
+            "cache/name, of: the teacher's id or path}}}}"
+        )
+    if not isinstance(cached.of, Local):
+        raise InputError(
+            f"teacher: the cache {cached.path} does not say of which teacher; write teacher: "
+            f"{{Cached: {{path: {cached.path}, of: the teacher's id or path}}}}"
+        )
+    return cached, cached.of
 
 
 def _check_path(recipe: Recipe, cached: Cached, teacher: Local, *, overwrite: bool) -> None:
