@@ -130,7 +130,8 @@ class _Block:
         self.t = z
         if isinstance(target, Tensor):
             self.t = self._finished(target, job.teacher, "t")
-        direct = job.direct and z.dtype == job.scratch.dtype
+        one_look = job.direct and not isinstance(target, Several)
+        direct = one_look and z.dtype == job.scratch.dtype
         self.slope = z if direct else self._buffer("slope", z.shape[1])
         self.empty = True
 
