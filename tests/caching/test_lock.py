@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from llm_distill.caching import lock
@@ -42,7 +43,8 @@ def test_taken_and_released(tmp_path: Path) -> None:
 
 def test_another_process_writes(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        there = write(tmp_path, pid=other.pid)
+        started = psutil.Process(other.pid).create_time()
+        there = write(tmp_path, pid=other.pid, started=started)
         with pytest.raises(InputError, match=rf"process {other.pid} of this machine is writing"):
             lock.take(tmp_path)
         other.communicate(b"\n")

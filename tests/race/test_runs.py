@@ -138,6 +138,11 @@ class TestDecided:
         assert "race" not in said.err
 
 
+def told(made: DistillTrainer) -> list[str]:
+    """What was decided, but for how much memory is free at the moment."""
+    return [line for line in made.run.told if " free on cpu" not in line]
+
+
 class TestKept:
     def start(self, folder: Path, **given: Any) -> DistillTrainer:
         return trainer(folder / "out", **{**named(folder), **given})
@@ -147,7 +152,7 @@ class TestKept:
         second = self.start(tmp_path)
         assert len(ran) == count > 0
         assert second.run.objectives == first.run.objectives
-        assert second.run.told == first.run.told
+        assert told(second) == told(first)
 
     @pytest.mark.parametrize(
         "other", [{"seed": 1}, {"learning_rate": 1e-3}, {"balance": normalised}, {"max_steps": 50}]
@@ -166,7 +171,7 @@ class TestKept:
         place.write_text(place.read_text()[:200])
         assert self.start(tmp_path).run.objectives == first.run.objectives
         assert len(ran) == 2 * count
-        assert self.start(tmp_path).run.told == first.run.told
+        assert told(self.start(tmp_path)) == told(first)
         assert len(ran) == 2 * count
 
     def test_loaded_models_race_again(self, tmp_path: Path, ran: list[tuple[str, int]]) -> None:
@@ -183,6 +188,6 @@ class TestKept:
         straight = self.start(tmp_path, **given)
         straight.train()
         resumed = self.start(tmp_path, **given)
-        assert resumed.run.told == straight.run.told
+        assert told(resumed) == told(straight)
         resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-33"))
         assert equal(weights(straight), weights(resumed))

@@ -97,7 +97,7 @@ def execute(options: argparse.Namespace, argv: Sequence[str]) -> int:
     ended = []
     for done in run_all(options.folder.resolve(), options.steps, options.only):
         ended.append(done)
-        log.print(" · ".join(done.cells()), done.error, style="dim")
+        log.print(" · ".join(done.cells()), done.error, style="dim", soft_wrap=True)
         table.add_row(*done.cells())
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
     if options.markdown is not None:
