@@ -173,6 +173,8 @@ class _Work:
         """How a chunk is scored."""
         device = student.features.device
         block = BLOCK.get(device.type, BLOCK["cuda"])
+        if isinstance(self.teacher, Sparse):  # one side is thin, and costs as much for few rows
+            block *= 2
         widest = max(student.vocabulary, self.teacher_vocabulary)
         rows = min(self.chunk, max(2, block // max(1, widest)))
         teacher = Side()
