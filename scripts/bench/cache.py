@@ -98,7 +98,7 @@ def execute(options: argparse.Namespace, argv: Sequence[str]) -> int:
     from scripts.bench import states
     from scripts.bench.machine import Machine
     from scripts.bench.settings import HeadSettings
-    from scripts.bench.table import facts
+    from scripts.bench.table import append, facts, section
 
     told = Console(stderr=True, highlight=False)
     machine = Machine.here(HeadSettings(), argv)
@@ -117,8 +117,10 @@ def execute(options: argparse.Namespace, argv: Sequence[str]) -> int:
     for name, heads, cells, about in tables:
         _show(name, heads, cells, (*about, *facts(machine)))
         if options.markdown is not None:
-            notes = [*about, *facts(machine)]
-            _append(options.markdown, (name, heads), cells, notes, machine.command)
+            made = section(
+                name, _markdown(heads, cells), [*about, *facts(machine)], machine.command
+            )
+            append(options.markdown, made)
     return 0
 
 
@@ -271,28 +273,10 @@ def _show(
     console.print(table, *about, sep="\n")
 
 
-def _append(
-    path: Path,
-    head: tuple[str, Sequence[str]],
-    rows: Sequence[tuple[str, ...]],
-    about: Sequence[str],
-    command: str,
-) -> None:
-    """A section at the end of a file: its title, the heads of its columns, and what is below."""
-    title, heads = head
-    lines = [
-        f"## {title}",
-        "",
+def _markdown(heads: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """The table, its figures to the right."""
+    return [
         f"| {' | '.join(heads)} |",
         f"| --- |{' ---: |' * (len(heads) - 1)}",
         *(f"| {' | '.join(cells)} |" for cells in rows),
-        "",
-        *(f"- {text}" for text in about),
-        "",
-        "```",
-        command,
-        "```",
-        "",
     ]
-    start = path.read_text(encoding="utf-8") if path.exists() else "# Benchmark results\n"
-    path.write_text(f"{start.rstrip()}\n\n" + "\n".join(lines), encoding="utf-8")

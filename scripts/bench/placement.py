@@ -152,12 +152,10 @@ def execute(options: argparse.Namespace, argv: Sequence[str]) -> int:
 
     Console(highlight=False, soft_wrap=True).print("\n".join(lines), markup=False)
     if options.markdown is not None:
-        start = "# Benchmark results\n"
-        if options.markdown.exists():
-            start = options.markdown.read_text(encoding="utf-8")
+        from scripts.bench.table import append
+
         command = f"`python -m scripts.bench {' '.join(argv)}`, reckoned, not measured"
-        section = "\n".join([f"## {title(run)}", "", command, "", *lines])
-        options.markdown.write_text(f"{start.rstrip()}\n\n{section}\n", encoding="utf-8")
+        append(options.markdown, "\n".join([f"## {title(run)}", "", command, "", *lines]))
     return 0
 
 

@@ -124,9 +124,20 @@ def write_json(path: Path, *reports: Report) -> None:
 
 
 def append_markdown(path: Path, report: Report) -> None:
+    """The section of a report at the end of a file."""
+    append(path, markdown(report))
+
+
+def append(path: Path, section: str) -> None:
     """A section at the end of a file, which is made where it is missing."""
     start = path.read_text(encoding="utf-8") if path.exists() else "# Benchmark results\n"
-    path.write_text(f"{start.rstrip()}\n\n{markdown(report)}", encoding="utf-8")
+    path.write_text(f"{start.rstrip()}\n\n{section.rstrip()}\n", encoding="utf-8")
+
+
+def section(title: str, table: Sequence[str], notes: Sequence[str], command: str) -> str:
+    """A title, a table in Markdown, what has to be known of it, and what printed it."""
+    about = [f"- {text}" for text in notes]
+    return "\n".join([f"## {title}", "", *table, "", *about, "", "```", command, "```"])
 
 
 def _on_gpu(report: Report) -> bool:

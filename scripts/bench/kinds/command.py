@@ -82,7 +82,7 @@ def execute(options: argparse.Namespace, argv: Sequence[str]) -> int:
 
     from scripts.bench.machine import Machine
     from scripts.bench.settings import HeadSettings
-    from scripts.bench.table import facts
+    from scripts.bench.table import append, facts, section
 
     missing = [
         n for n in ("teacher", "distilled", "train.txt") if not (options.folder / n).exists()
@@ -101,7 +101,12 @@ def execute(options: argparse.Namespace, argv: Sequence[str]) -> int:
         table.add_row(*done.cells())
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
     if options.markdown is not None:
-        _append(options.markdown, ended, options.steps, facts(machine), machine.command)
+        title = (
+            f"kinds: {options.steps} steps from each kind of teacher, on the quickstart's models"
+        )
+        shown = markdown(HEADS, [done.cells() for done in ended])
+        made = section(title, shown, [*ABOUT, *facts(machine)], machine.command)
+        append(options.markdown, made)
     return int(any(done.error for done in ended))
 
 
@@ -170,23 +175,3 @@ def _route(text: Path, rows: Path) -> None:
     lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
     made = (json.dumps({"text": line, COLUMN: "ab"[k % 2]}) for k, line in enumerate(lines))
     rows.write_text("\n".join(made) + "\n", encoding="utf-8")
-
-
-def _append(
-    path: Path, ended: Sequence[Ended], steps: int, machine: Sequence[str], command: str
-) -> None:
-    """A section at the end of a file."""
-    lines = [
-        f"## kinds: {steps} steps from each kind of teacher, on the quickstart's models",
-        "",
-        *markdown(HEADS, [done.cells() for done in ended]),
-        "",
-        *(f"- {text}" for text in (*ABOUT, *machine)),
-        "",
-        "```",
-        command,
-        "```",
-        "",
-    ]
-    start = path.read_text(encoding="utf-8") if path.exists() else "# Benchmark results\n"
-    path.write_text(f"{start.rstrip()}\n\n" + "\n".join(lines), encoding="utf-8")
