@@ -101,9 +101,7 @@ def execute(options: argparse.Namespace, argv: Sequence[str]) -> int:
         table.add_row(*done.cells())
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
     if options.markdown is not None:
-        title = (
-            f"kinds: {options.steps} steps from each kind of teacher, on the quickstart's models"
-        )
+        title = f"kinds: {options.steps} steps from each kind, on the quickstart's models"
         shown = markdown(HEADS, [done.cells() for done in ended])
         made = section(title, shown, [*ABOUT, *facts(machine)], machine.command)
         append(options.markdown, made)
