@@ -29,8 +29,8 @@ ABOUT = (
     "a few tokens without hints and maps; the four made of the student go on from the one that was "
     "distilled",
     "Routed sends every other line to the second teacher, which is the distilled student",
-    "KL of students of sparse teachers is to what these tell: of a top k less than to all they know, "
-    "of draws more; DeepToShallow has no second model to compare with",
+    "KL of students of sparse teachers is to what these tell: of a top k less than to all they "
+    "know, of draws more; DeepToShallow has no second model to compare with",
     "s: of the command, a cache written first included, whatever else the machine did",
 )
 
