@@ -16,8 +16,8 @@ from llm_distill.cache.lookup import Lookup
 from llm_distill.errors import InputError
 from llm_distill.layers import LayerMap, looks
 from llm_distill.layers.map import Row
+from llm_distill.losses.described import describe_function
 from llm_distill.objectives import AttentionMaps, Mapped, Objective, Relations, Term, named
-from llm_distill.objectives.checks import describe_function
 from llm_distill.signals import Request
 from llm_distill.teachers import Cached, leaves
 from llm_distill.teachers.members import Composite

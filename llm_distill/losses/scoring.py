@@ -130,7 +130,7 @@ class _Block:
         self.t = z
         if isinstance(target, Tensor):
             self.t = self._finished(target, job.teacher, "t")
-        one_look = job.direct and not isinstance(target, Several)
+        one_look = job.direct and not isinstance(target, Several)  # each of which looks anew
         direct = one_look and z.dtype == job.scratch.dtype
         self.slope = z if direct else self._buffer("slope", z.shape[1])
         self.empty = True

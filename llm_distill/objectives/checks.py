@@ -1,4 +1,4 @@
-"""What settings of objectives are held against, and how functions are shown."""
+"""What settings of objectives are held against."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llm_distill.losses.described import describe_function as describe_function
+from llm_distill.losses.described import describe_function
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

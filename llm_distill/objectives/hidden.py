@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llm_distill import projectors, schedules
 from llm_distill.layers import asks, looks
+from llm_distill.losses.described import describe_function
 from llm_distill.losses.features import mse
 from llm_distill.losses.needs import Items, Needs, needs
 from llm_distill.objectives.blockwise import Blockwise
@@ -17,7 +18,6 @@ from llm_distill.objectives.checks import (
     check_choice,
     check_function,
     check_row_function,
-    describe_function,
 )
 from llm_distill.objectives.mapped import Mapped
 from llm_distill.objectives.states import Comparison, HiddenStatesTerm, Normalization

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from llm_distill.losses.described import describe_function
 from llm_distill.losses.divergences import forward_kl
 from llm_distill.losses.rowwise import Nll, Tempered, takes_labels
 from llm_distill.objectives.base import Evidence, HeadTerm, Objective
-from llm_distill.objectives.checks import check_choice, check_row_function, describe_function
+from llm_distill.objectives.checks import check_choice, check_row_function
 from llm_distill.objectives.moving import MovingTerm, Taid
 from llm_distill.signals import Request
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 from llm_distill.layers import LayerMap, LayerStrategy, asks, auto, uniform
+from llm_distill.losses.described import describe_function
 from llm_distill.objectives.base import Objective
-from llm_distill.objectives.checks import check_function, describe_function
+from llm_distill.objectives.checks import check_function
 
 if TYPE_CHECKING:
     from llm_distill.signals import ModelSpec

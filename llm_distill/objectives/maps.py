@@ -13,8 +13,9 @@ from torch import Tensor
 from llm_distill import heads as head_rules
 from llm_distill.layers import stays
 from llm_distill.losses.attention import map_kl
+from llm_distill.losses.described import describe_function
 from llm_distill.objectives.base import Evidence, QueryPlan, Term
-from llm_distill.objectives.checks import check_evidence, check_row_function, describe_function
+from llm_distill.objectives.checks import check_evidence, check_row_function
 from llm_distill.objectives.map_pass import map_pass
 from llm_distill.objectives.map_terms import (
     MapTerm,

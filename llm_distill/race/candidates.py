@@ -21,8 +21,8 @@ from llm_distill.layers import (
     uniform,
 )
 from llm_distill.layers.map import LayerMap
+from llm_distill.losses.described import describe_function
 from llm_distill.objectives import HiddenStates, Mapped
-from llm_distill.objectives.checks import describe_function
 from llm_distill.race.halving import Arm
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from llm_distill import (
     skew_forward_kl,
     skew_reverse_kl,
 )
+from llm_distill.losses.described import describe_function
 from llm_distill.losses.rowwise import Nll
-from llm_distill.objectives.checks import describe_function
 from llm_distill.objectives.logits import row_wise
 from llm_distill.signals import ModelSpec, Request
 
